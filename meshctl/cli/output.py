@@ -1,0 +1,42 @@
+"""How every command prints: one value, as a table for people or as JSON/YAML for programs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from typing import Annotated, Any
+
+import orjson
+import typer
+from rich.console import Console, RenderableType
+from ruamel.yaml import YAML
+
+
+class Output(StrEnum):
+    TABLE = "table"
+    JSON = "json"
+    YAML = "yaml"
+
+
+OutputOption = Annotated[Output, typer.Option("-o", "--output", help="Output format.")]
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that honours NO_COLOR and plain pipes (rich reads both from the environment and the stream)."""
+    return Console(stderr=stderr, no_color="NO_COLOR" in os.environ or None, highlight=False)
+
+
+def emit(data: Any, output: Output, table: Callable[[], RenderableType]) -> None:
+    """Print `data` (plain dicts, lists, strings, numbers) in the format asked for; `table` is built only when needed."""
+    match output:
+        case Output.JSON:
+            sys.stdout.write(orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode() + "\n")
+        case Output.YAML:
+            yaml = YAML(typ="safe")
+            yaml.default_flow_style = False
+            yaml.sort_base_mapping_type_on_output = False
+            yaml.dump(data, sys.stdout)
+        case Output.TABLE:
+            console().print(table())
