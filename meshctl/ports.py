@@ -37,8 +37,10 @@ class Source(Protocol):
 class SignalSource(Protocol):
     """Observed state. `poll` returns within `deadline_s` whatever happens; failures become Problems."""
 
-    async def poll(self, routes: Mapping[RouteId, DesiredRoute], proxies: tuple[str, ...], deadline_s: float) -> Observed:
-        """`proxies` are the ``host:port`` admin addresses of the connected Envoys (used by the direct scrape only)."""
+    async def poll(
+        self, routes: Mapping[RouteId, DesiredRoute], proxies: tuple[str, ...], deadline_s: float
+    ) -> Observed:
+        """`proxies` are the ``host:port`` admin addresses of the connected Envoys (direct scrape only)."""
         ...
 
     async def stop(self) -> None: ...

@@ -29,14 +29,13 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def emit(data: Any, output: Output, table: Callable[[], RenderableType]) -> None:
-    """Print `data` (plain dicts, lists, strings, numbers) in the format asked for; `table` is built only when needed."""
+    """Print `data` (plain dicts, lists, strings, numbers) as asked; `table` is built only when needed."""
     match output:
         case Output.JSON:
             sys.stdout.write(orjson.dumps(data, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS).decode() + "\n")
         case Output.YAML:
-            yaml = YAML(typ="safe")
+            yaml = YAML()
             yaml.default_flow_style = False
-            yaml.sort_base_mapping_type_on_output = False
             yaml.dump(data, sys.stdout)
         case Output.TABLE:
             console().print(table())

@@ -55,7 +55,7 @@ def _equal(route: DesiredRoute) -> RoutePlan:
     names = [c.name for c in route.spec.sizes] + [DEFAULT_CLASS]
     return RoutePlan(
         route=route,
-        weights={name: table for name in names},
+        weights=dict.fromkeys(names, table),
         load_balancer=LoadBalancer(),
         attainment={},
         utilization={},
