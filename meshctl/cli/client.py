@@ -1,0 +1,60 @@
+"""How the reading commands ask a running controller: one GET, typed, with a deadline.
+
+Failures of the network, of HTTP and of what is not a controller's answer are mapped here, and nowhere else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, TypeVar
+
+import aiohttp
+import orjson
+import typer
+from pydantic import TypeAdapter, ValidationError
+
+from meshctl.errors import InputError, MeshctlError
+
+T = TypeVar("T")
+
+TIMEOUT_S = 5.0
+"""The controller answers from memory; later it is not there, or not well."""
+
+AdminOption = Annotated[
+    str, typer.Option("--admin", envvar="MESHCTL_ADMIN", help="URL of the controller's admin API.", metavar="URL")
+]
+DEFAULT_ADMIN = "http://127.0.0.1:18001"
+
+
+def fetch(admin: str, path: str, type_: type[T]) -> T:
+    """What GET `admin`/api/v1/`path` answers. Raises InputError (the asker's fault) or MeshctlError."""
+    url = f"{admin.rstrip('/')}/api/v1/{path}"
+    try:
+        status, body = asyncio.run(_get(url))
+    except aiohttp.InvalidURL as error:
+        raise InputError(f"{admin!r} is not a URL (--admin); write for example {DEFAULT_ADMIN}") from error
+    except (aiohttp.ClientError, TimeoutError, OSError) as error:
+        detail = str(error) or f"no answer within {TIMEOUT_S:g} s"
+        hint = "is `meshctl run` up, and --admin (or MESHCTL_ADMIN) its address?"
+        raise MeshctlError(f"cannot reach the controller at {admin}: {detail}; {hint}") from error
+    try:
+        if status == 404:
+            raise _not_found(path, orjson.loads(body))
+        if status != 200:
+            raise MeshctlError(f"the controller answered {url} with HTTP {status}: {body[:200]!r}")
+        return TypeAdapter(type_).validate_json(body)
+    except (ValidationError, orjson.JSONDecodeError, KeyError, TypeError) as error:
+        message = f"{url} did not answer as a meshctl controller of this version; is --admin right?"
+        raise MeshctlError(message) from error
+
+
+async def _get(url: str) -> tuple[int, bytes]:
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as response:
+        return response.status, await response.read()
+
+
+def _not_found(path: str, answer: dict[str, list[str]]) -> InputError:
+    routes = answer["routes"]
+    known = f"the routes are: {', '.join(routes)}" if routes else "the controller serves no route"
+    return InputError(f"no route {path.partition('/')[2]}; {known}")

@@ -1,0 +1,86 @@
+"""`meshctl status [-w]`: the controller, its proxies, its problems and its routes."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from meshctl.cli.client import DEFAULT_ADMIN, AdminOption, fetch
+from meshctl.cli.output import Output, OutputOption, console, emit
+from meshctl.cli.routes import routes_table
+
+if TYPE_CHECKING:
+    from rich.console import Group, RenderableType
+
+    from meshctl.controller.views import StatusView
+
+REFRESH_S = 1.0
+"""The controller's tick: nothing changes faster but by hand."""
+
+WatchOption = Annotated[bool, typer.Option("-w", "--watch", help="Keep showing it, until Ctrl-C.")]
+
+
+def status(admin: AdminOption = DEFAULT_ADMIN, output: OutputOption = Output.TABLE, watch: WatchOption = False) -> None:
+    """Show the controller: proxies, problems, signals and routes."""
+    from pydantic import TypeAdapter
+
+    from meshctl.controller.views import StatusView
+
+    if watch:
+        _watch(admin)
+        return
+    view = fetch(admin, "status", StatusView)
+    emit(TypeAdapter(StatusView).dump_python(view, mode="json"), output, lambda: _render(view))
+
+
+def _watch(admin: str) -> None:
+    """Live until Ctrl-C; a controller that restarts is waited for, and its absence shown."""
+    from rich.live import Live
+    from rich.markup import escape
+
+    from meshctl.controller.views import StatusView
+    from meshctl.errors import InputError, MeshctlError
+
+    with Live(_render(fetch(admin, "status", StatusView)), console=console(), auto_refresh=False) as live:
+        while True:
+            time.sleep(REFRESH_S)
+            try:
+                live.update(_render(fetch(admin, "status", StatusView)), refresh=True)
+            except InputError:
+                raise
+            except MeshctlError as error:
+                live.update(f"[red]{escape(str(error))}[/]", refresh=True)
+
+
+def _render(view: StatusView) -> Group:
+    from rich.console import Group
+    from rich.markup import escape
+
+    parts: list[RenderableType] = [_headline(view), _proxies(view), routes_table(view.routes)]
+    for source, problems in view.problems.items():
+        parts += [f"[red]{source}[/] " + escape(f"{problem.where}: {problem.message}") for problem in problems]
+    return Group(*parts)
+
+
+def _headline(view: StatusView) -> str:
+    state = "[red]not ready[/]" if not view.ready else "[yellow]degraded[/]" if view.degraded else "[green]ready[/]"
+    signals = ", ".join(f"{count} {name}" for name, count in view.signals.items() if count) or "none"
+    return (
+        f"meshctl {view.version} {state}, up {view.uptime_s:.0f} s, {len(view.routes)} routes, "
+        f"endpoints' signals: {signals}"
+    )
+
+
+def _proxies(view: StatusView) -> RenderableType:
+    from rich.markup import escape
+    from rich.table import Table
+
+    if not view.proxies:
+        return "[yellow]no proxy is connected[/]; `meshctl envoy bootstrap` prints what one needs"
+    table = Table("Proxy", "Admin", "State")
+    for proxy in view.proxies:
+        state = f"[red]refused:[/] {escape(proxy.error)}" if proxy.error else "synced" if proxy.synced else "pending"
+        table.add_row(escape(proxy.node), escape(proxy.admin) or "-", state)
+    return table

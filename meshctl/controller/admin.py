@@ -1,0 +1,103 @@
+"""The admin API: what the controller knows, read-only, over HTTP. Loopback by default.
+
+| path | answer |
+|------|--------|
+| /healthz | 200 while the event loop runs |
+| /readyz | 200 once the first plan is published, else 503; says too what is degraded |
+| /metrics | Prometheus text |
+| /api/v1/status | StatusView |
+| /api/v1/routes | list of RouteSummary |
+| /api/v1/routes/{namespace}/{name} | RouteView; 404 names the routes there are |
+| /api/v1/explain/{namespace}/{name} | the same RouteView: every weight with its reasons |
+
+Degraded is not unready: a controller that can't decide just now still serves its last good plan to proxies that
+reconnect, and taking it out of service would make that worse.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import orjson
+from aiohttp import web
+
+from meshctl import __version__
+from meshctl.controller.metrics import CONTENT_TYPE, Metrics
+from meshctl.controller.state import State
+from meshctl.controller.views import route_summaries, route_view, status_view
+from meshctl.errors import MeshctlError
+from meshctl.model import RouteId
+
+SHUTDOWN_S = 1.0
+"""For answers under way; there are no long ones."""
+
+
+class AdminServer:
+    """Serves from `start` to `stop`."""
+
+    def __init__(self, state: Callable[[], State], metrics: Metrics) -> None:
+        self._state = state
+        self._metrics = metrics
+        self._runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=SHUTDOWN_S)
+        self.host = ""
+        self.port = 0
+
+    async def start(self, host: str, port: int) -> None:
+        """Bind; port 0 takes a free one, found in `port`. Raises MeshctlError when it can't."""
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, host, port).start()
+        except OSError as error:
+            await self._runner.cleanup()
+            raise MeshctlError(f"cannot serve the admin API on {host}:{port} (--admin): {error.strerror}") from error
+        self.host, self.port = self._runner.addresses[0][:2]
+
+    async def stop(self) -> None:
+        await self._runner.cleanup()
+
+    def _application(self) -> web.Application:
+        application = web.Application()
+        application.add_routes(
+            [
+                web.get("/healthz", self._healthz),
+                web.get("/readyz", self._readyz),
+                web.get("/metrics", self._exposition),
+                web.get("/api/v1/status", self._status),
+                web.get("/api/v1/routes", self._routes),
+                web.get("/api/v1/routes/{namespace}/{name}", self._route),
+                web.get("/api/v1/explain/{namespace}/{name}", self._route),
+            ]
+        )
+        return application
+
+    async def _healthz(self, _: web.Request) -> web.Response:
+        return web.Response(text="ok\n")
+
+    async def _readyz(self, _: web.Request) -> web.Response:
+        state = self._state()
+        body = {"ready": state.published, "degraded": [f"{p.where}: {p.message}" for p in state.failures]}
+        return _json(body, status=200 if state.published else 503)
+
+    async def _exposition(self, _: web.Request) -> web.Response:
+        # in a thread: 1000 routes are 10^5 lines, and the ADS streams share this event loop
+        body = await asyncio.to_thread(self._metrics.exposition)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE})
+
+    async def _status(self, _: web.Request) -> web.Response:
+        state = self._state()
+        return _json(await asyncio.to_thread(status_view, state, __version__))
+
+    async def _routes(self, _: web.Request) -> web.Response:
+        return _json(await asyncio.to_thread(route_summaries, self._state()))
+
+    async def _route(self, request: web.Request) -> web.Response:
+        state = self._state()
+        route_id = RouteId(f"{request.match_info['namespace']}/{request.match_info['name']}")
+        if route_id not in state.plan.routes:
+            return _json({"error": f"no route {route_id}", "routes": sorted(state.plan.routes)}, status=404)
+        return _json(route_view(state, route_id))
+
+
+def _json(value: object, *, status: int = 200) -> web.Response:
+    return web.Response(body=orjson.dumps(value) + b"\n", status=status, content_type="application/json")

@@ -1,0 +1,170 @@
+"""The conditions of a route, as Kubernetes has them: what is true of it now, why, and in words. Pure.
+
+| type | True | False | Unknown |
+|------|------|-------|---------|
+| Resolved | endpoints and profiles found, input is good | newer input is bad, or no endpoint | |
+| MetricsFresh | every endpoint measured lately | some are stale or never measured | nothing measured yet |
+| SLOFeasible | every size class is expected to meet it | some can't; best figure in the message | no endpoint |
+| Programmed | every proxy acknowledged everything | refused, or not acknowledged yet | no proxy connected |
+| Ready | served as decided | can't be served as decided | no proxy connected |
+
+A missed SLO or missing metrics do not make a route unready: it is served, only less well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from meshctl.model import (
+    NO_SIGNALS,
+    DataPlaneStatus,
+    EndpointSignals,
+    Problem,
+    ReasonCode,
+    RoutePlan,
+    RouteSignals,
+    Signal,
+    SignalState,
+)
+
+
+class ConditionType(StrEnum):
+    READY = "Ready"
+    RESOLVED = "Resolved"
+    METRICS_FRESH = "MetricsFresh"
+    SLO_FEASIBLE = "SLOFeasible"
+    PROGRAMMED = "Programmed"
+
+
+class Status(StrEnum):
+    TRUE = "True"
+    FALSE = "False"
+    UNKNOWN = "Unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    type: ConditionType
+    status: Status
+    reason: str
+    """CamelCase, for programs."""
+    message: str
+
+
+def conditions(
+    plan: RoutePlan,
+    signals: RouteSignals | None,
+    dataplane: DataPlaneStatus,
+    problems: Sequence[Problem],
+    now_s: float,
+) -> tuple[Condition, ...]:
+    """All conditions of one route, Ready first. `problems` are those of the input (other routes' are ignored)."""
+    resolved = _resolved(plan, [p for p in problems if p.route == plan.route.spec.id])
+    programmed = _programmed(plan, dataplane)
+    return (
+        _ready(plan, resolved, programmed),
+        resolved,
+        _metrics_fresh(plan, signals or NO_SIGNALS, now_s),
+        _slo_feasible(plan),
+        programmed,
+    )
+
+
+def newest(signals: EndpointSignals) -> Signal:
+    """The endpoint's newest signal: how lately it was heard of at all; Signal.ABSENT when never."""
+    every = [getattr(signals, name) for name in EndpointSignals.__slots__]
+    measured = [signal for signal in every if signal.at_s is not None]
+    return max(measured, key=lambda signal: signal.at_s, default=Signal.ABSENT)
+
+
+def endpoint_states(plan: RoutePlan, signals: RouteSignals, now_s: float) -> dict[str, SignalState]:
+    """For each endpoint, whether it was heard of lately; no traffic is fresh news too."""
+    states: dict[str, SignalState] = {}
+    for endpoint in plan.route.endpoints:
+        measured = signals.endpoints.get(endpoint.id)
+        signal = newest(measured) if measured else Signal.ABSENT
+        state = signal.state(now_s, plan.route.spec.guard.stale_after_s)
+        states[str(endpoint.id)] = SignalState.FRESH if state is SignalState.NO_TRAFFIC else state
+    return states
+
+
+def _resolved(plan: RoutePlan, problems: Sequence[Problem]) -> Condition:
+    def condition(status: Status, reason: str, message: str) -> Condition:
+        return Condition(ConditionType.RESOLVED, status, reason, message)
+
+    route = plan.route
+    if problems:
+        text = "; ".join(f"{problem.where}: {problem.message}" for problem in problems)
+        return condition(Status.FALSE, "InvalidInput", f"the last good version is in force; {text}")
+    if not route.endpoints:
+        return condition(Status.FALSE, ReasonCode.NO_ENDPOINTS, "the backend has no endpoint")
+    missing = sorted({endpoint.gpu or "unknown GPU" for endpoint in route.endpoints} - route.profiles.keys())
+    if missing:
+        text = f"no ModelProfile for {route.spec.model} on {', '.join(missing)}: a guess stands in for it"
+        return condition(Status.FALSE, ReasonCode.NO_PROFILE, text)
+    return condition(Status.TRUE, "Resolved", f"{len(route.endpoints)} endpoints, {len(route.profiles)} profiles")
+
+
+def _metrics_fresh(plan: RoutePlan, signals: RouteSignals, now_s: float) -> Condition:
+    def condition(status: Status, reason: str, message: str) -> Condition:
+        return Condition(ConditionType.METRICS_FRESH, status, reason, message)
+
+    states = endpoint_states(plan, signals, now_s)
+    stale = sorted(name for name, state in states.items() if state is SignalState.STALE)
+    absent = sorted(name for name, state in states.items() if state is SignalState.ABSENT)
+    if len(absent) == len(states):
+        return condition(Status.UNKNOWN, ReasonCode.SIGNAL_ABSENT, "no endpoint has been measured")
+    if stale:
+        return condition(Status.FALSE, ReasonCode.SIGNAL_STALE, f"no news lately from {_few(stale)}")
+    if absent:
+        return condition(Status.FALSE, ReasonCode.SIGNAL_ABSENT, f"never measured: {_few(absent)}")
+    return condition(Status.TRUE, "Fresh", f"all {len(states)} endpoints were measured lately")
+
+
+def _slo_feasible(plan: RoutePlan) -> Condition:
+    def condition(status: Status, reason: str, message: str) -> Condition:
+        return Condition(ConditionType.SLO_FEASIBLE, status, reason, message)
+
+    if not plan.route.endpoints:
+        return condition(Status.UNKNOWN, ReasonCode.NO_ENDPOINTS, "there is nothing to solve for")
+    spec = plan.route.spec
+    goal = f"{spec.percentile:.2%} within {spec.slo_s * 1000:g} ms at {plan.load_rps:.1f} requests/s"
+    worst = min(plan.attainment.items(), key=lambda item: (item[1], item[0]), default=None)
+    expected = f"; expected of the worst size, {worst[0]}: {worst[1]:.2%}" if worst else ""
+    if plan.feasible:
+        return condition(Status.TRUE, "Feasible", f"goal: {goal}{expected}")
+    return condition(Status.FALSE, ReasonCode.INFEASIBLE, f"goal: {goal}{expected}; add endpoints or relax the SLO")
+
+
+def _programmed(plan: RoutePlan, dataplane: DataPlaneStatus) -> Condition:
+    def condition(status: Status, reason: str, message: str) -> Condition:
+        return Condition(ConditionType.PROGRAMMED, status, reason, message)
+
+    refused = dataplane.quarantined.get(plan.route.spec.id)
+    if refused is not None:
+        return condition(Status.FALSE, ReasonCode.QUARANTINED, f"a proxy refused the newest state: {refused}")
+    if not dataplane.proxies:
+        return condition(Status.UNKNOWN, "NoProxies", "no proxy is connected")
+    late = sorted(proxy.node for proxy in dataplane.proxies if not proxy.synced)
+    if late:
+        return condition(Status.FALSE, "Pending", f"not acknowledged yet by {_few(late)}")
+    return condition(Status.TRUE, "Acknowledged", f"by {len(dataplane.proxies)} proxies")
+
+
+def _ready(plan: RoutePlan, resolved: Condition, programmed: Condition) -> Condition:
+    ready = ConditionType.READY
+    if not plan.route.endpoints:
+        return Condition(ready, Status.FALSE, resolved.reason, resolved.message)
+    if plan.drained.issuperset(endpoint.id for endpoint in plan.route.endpoints):
+        return Condition(ready, Status.FALSE, ReasonCode.ALL_DRAINED, "every endpoint fails or hangs")
+    if programmed.status is not Status.TRUE:
+        return Condition(ready, programmed.status, programmed.reason, programmed.message)
+    return Condition(ready, Status.TRUE, "Served", "weights are in force in every proxy")
+
+
+def _few(names: Sequence[str], limit: int = 5) -> str:
+    """The first names, and how many more: a message must stay readable for 1000 endpoints."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
