@@ -1,0 +1,107 @@
+"""The conditions of a route: a table from what is so to what is said."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+
+from meshctl.controller.conditions import ConditionType, Status, conditions
+from meshctl.core.decide import Memory, decide
+from meshctl.model import (
+    DataPlaneStatus,
+    EndpointSignals,
+    Problem,
+    ProxyStatus,
+    RouteId,
+    RoutePlan,
+    RouteSignals,
+    Signal,
+    Snapshot,
+)
+from tests.harness.controller import desired_route, routes
+
+NOW_S = 100.0
+SYNCED = DataPlaneStatus((ProxyStatus("a", "", synced=True),))
+PENDING = DataPlaneStatus((ProxyStatus("a", "", synced=True), ProxyStatus("b", "", synced=False)))
+REFUSED = DataPlaneStatus((ProxyStatus("a", "", synced=True),), quarantined={RouteId("demo/resnet"): "bad [weight]"})
+
+
+def _plan(endpoints: int = 2, **changes: Any) -> RoutePlan:
+    desired = routes(desired_route(endpoints=endpoints))
+    plan, _ = decide(Snapshot(desired, {}), Memory(), NOW_S)
+    return dataclasses.replace(next(iter(plan.routes.values())), **changes)
+
+
+def _measured(*at_s: float | None) -> RouteSignals:
+    """One endpoint's signals per time; None is never measured."""
+    ids = [endpoint.id for endpoint in _plan().route.endpoints]
+    return RouteSignals(
+        endpoints={
+            id_: EndpointSignals(pending=Signal.ABSENT if t is None else Signal(0.0, t))
+            for id_, t in zip(ids, at_s, strict=True)
+        }
+    )
+
+
+FRESH = _measured(NOW_S, NOW_S - 1)
+READY, RESOLVED, METRICS = ConditionType.READY, ConditionType.RESOLVED, ConditionType.METRICS_FRESH
+FEASIBLE, PROGRAMMED = ConditionType.SLO_FEASIBLE, ConditionType.PROGRAMMED
+BROKEN = Problem("a.yaml:3:1", "unknown field", RouteId("demo/resnet"))
+FOREIGN = Problem("b.yaml:1:1", "unknown field", RouteId("demo/other"))
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        pytest.param({}, dict.fromkeys(ConditionType, (Status.TRUE, None)), id="all is well"),
+        pytest.param({"problems": [FOREIGN]}, {RESOLVED: (Status.TRUE, None)}, id="another route's problem"),
+        pytest.param({"problems": [BROKEN]}, {RESOLVED: (Status.FALSE, "InvalidInput"), READY: (Status.TRUE, None)},
+                     id="newer input is bad, the last good one is served"),
+        pytest.param({"plan": _plan(endpoints=0)},
+                     {RESOLVED: (Status.FALSE, "NoEndpoints"), READY: (Status.FALSE, "NoEndpoints"),
+                      FEASIBLE: (Status.UNKNOWN, "NoEndpoints")}, id="no endpoint"),
+        pytest.param({"signals": _measured(NOW_S - 60, NOW_S)},
+                     {METRICS: (Status.FALSE, "SignalStale"), READY: (Status.TRUE, None)}, id="one endpoint stale"),
+        pytest.param({"signals": _measured(None, NOW_S)}, {METRICS: (Status.FALSE, "SignalAbsent")},
+                     id="one endpoint never measured"),
+        pytest.param({"signals": None}, {METRICS: (Status.UNKNOWN, "SignalAbsent")}, id="nothing measured"),
+        pytest.param({"plan": _plan(feasible=False, attainment={"small": 0.9, "large": 0.2})},
+                     {FEASIBLE: (Status.FALSE, "Infeasible"), READY: (Status.TRUE, None)}, id="infeasible"),
+        pytest.param({"dataplane": DataPlaneStatus()},
+                     {PROGRAMMED: (Status.UNKNOWN, "NoProxies"), READY: (Status.UNKNOWN, "NoProxies")},
+                     id="no proxy"),
+        pytest.param({"dataplane": PENDING}, {PROGRAMMED: (Status.FALSE, "Pending"), READY: (Status.FALSE, None)},
+                     id="one proxy has not answered"),
+        pytest.param({"dataplane": REFUSED},
+                     {PROGRAMMED: (Status.FALSE, "Quarantined"), READY: (Status.FALSE, "Quarantined")}, id="refused"),
+        pytest.param({"plan": _plan(drained=frozenset(e.id for e in _plan().route.endpoints))},
+                     {READY: (Status.FALSE, "AllDrained")}, id="every endpoint drained"),
+    ],
+)  # fmt: skip
+def test_conditions_say_what_is_so(
+    case: dict[str, Any], expected: Mapping[ConditionType, tuple[Status, str | None]]
+) -> None:
+    """Each fault turns its own condition; Ready only turns when the route can't be served as decided."""
+    asked = MappingProxyType({"plan": _plan(), "signals": FRESH, "dataplane": SYNCED, "problems": [], **case})
+    found = {c.type: c for c in conditions(**asked, now_s=NOW_S)}
+    assert set(found) == set(ConditionType)
+    for type_, (status, reason) in expected.items():
+        assert found[type_].status == status, found[type_]
+        assert reason in (None, found[type_].reason)
+
+
+def test_the_message_of_a_refusal_has_the_proxys_words() -> None:
+    """What the proxy said is what a person needs."""
+    found = {c.type: c for c in conditions(_plan(), FRESH, REFUSED, [], NOW_S)}
+    assert "bad [weight]" in found[PROGRAMMED].message
+
+
+def test_an_unmet_slo_names_the_worst_size_and_its_figure() -> None:
+    """The best attainable figure stands in the condition."""
+    plan = _plan(feasible=False, attainment={"small": 0.9, "large": 0.205})
+    found = {c.type: c for c in conditions(plan, FRESH, SYNCED, [], NOW_S)}
+    assert "large: 20.50%" in found[FEASIBLE].message
