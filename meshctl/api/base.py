@@ -71,6 +71,15 @@ def cel(*rules: tuple[str, str]) -> dict[str, Any]:
     return {"x-kubernetes-validations": [{"rule": rule, "message": message} for rule, message in rules]}
 
 
+Conditions = Annotated[
+    tuple[Condition, ...],
+    Field(
+        max_length=16,
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+    ),
+]
+
+
 def wrong(message: str, *at: str | int) -> NoReturn:
     """Fail a validator with a message about the field at `at`, relative to what is being validated."""
     raise PydanticCustomError("meshctl", "{reason}", {"reason": message, "at": at})

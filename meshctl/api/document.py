@@ -68,7 +68,8 @@ class Fault:
     severity: Severity = Severity.ERROR
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.field}: {self.message}" if self.field else f"{self.place}: {self.message}"
+        warning = "warning" if self.severity is Severity.WARNING else ""
+        return ": ".join(filter(None, (str(self.place), warning, self.field, self.message)))
 
     def problem(self) -> Problem:
         """The same for the loop and its status."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from meshctl.api.base import API_VERSION, Condition, GpuProduct, Metadata, ModelName, Strict
+from meshctl.api.base import API_VERSION, Conditions, GpuProduct, Metadata, ModelName, Strict
 from meshctl.api.service import ServiceTime
 
 
@@ -36,7 +36,7 @@ class ModelProfileStatus(Strict):
 
     observed_generation: Annotated[int, Field(ge=0)] | None = None
     """metadata.generation that was last read."""
-    conditions: Annotated[tuple[Condition, ...], Field(max_length=16)] = ()
+    conditions: Conditions | None = None
     """Accepted: the profile is used."""
 
 

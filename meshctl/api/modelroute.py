@@ -13,10 +13,10 @@ import itertools
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, JsonValue, model_validator
 
 from meshctl import model as core
-from meshctl.api.base import API_VERSION, Condition, GpuProduct, Label, Metadata, ModelName, Strict, cel, wrong
+from meshctl.api.base import API_VERSION, Conditions, GpuProduct, Label, Metadata, ModelName, Strict, cel, wrong
 from meshctl.api.service import LARGEST_BATCH
 from meshctl.api.units import Duration, DurationOrZero, Ratio, format_duration
 
@@ -28,6 +28,7 @@ HOST = r"^(\*|(\*\.)?[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9]
 HEADER = r"^[A-Za-z0-9_-]+$"
 HEADERS = ("x-batch-size", "batch_size", "NV-InferRequest")
 MOST_CLASSES = 16
+SET: dict[str, JsonValue] = {"x-kubernetes-list-type": "set"}
 
 Port = Annotated[int, Field(ge=1, le=65535)]
 Batch = Annotated[int, Field(ge=1, le=LARGEST_BATCH)]
@@ -167,7 +168,9 @@ ALL_SIZES = SizeClassSpec(name="all", min=1, max=LARGEST_BATCH, batch=1.0)
 class RequestSize(Strict):
     """How a request's size is read, and which sizes are told apart."""
 
-    headers: Annotated[tuple[Header, ...], Field(strict=False, min_length=1, max_length=8)] = HEADERS
+    headers: Annotated[tuple[Header, ...], Field(strict=False, min_length=1, max_length=8, json_schema_extra=SET)] = (
+        HEADERS
+    )
     """Headers that may carry the batch size; the first present wins. `NV-InferRequest` is read as
     `batch_size: N` inside its value, the others as a whole number."""
     classes: Annotated[
@@ -271,9 +274,9 @@ class ModelRouteSpec(Strict):
         )
     )
 
-    hosts: Annotated[tuple[Host, ...], Field(strict=False, min_length=1, max_length=64)] = ("*",)
+    hosts: Annotated[tuple[Host, ...], Field(strict=False, min_length=1, max_length=64, json_schema_extra=SET)] = ("*",)
     """Host names served; `*` is every host, `*.example.com` every host below."""
-    gateways: Annotated[tuple[str, ...], Field(strict=False, max_length=64)] = ()
+    gateways: Annotated[tuple[str, ...], Field(strict=False, max_length=64, json_schema_extra=SET)] = ()
     """Istio gateways that serve the hosts; empty: the proxies of meshctl's own xDS server."""
     backend: Backend
     """Servers that answer."""
@@ -312,7 +315,7 @@ class ModelRouteStatus(Strict):
 
     observed_generation: Annotated[int, Field(ge=0)] | None = None
     """metadata.generation the plan in force was made for."""
-    conditions: Annotated[tuple[Condition, ...], Field(max_length=16)] = ()
+    conditions: Conditions | None = None
     """Accepted: the spec is used. Programmed: proxies acknowledged the weights. Attainable: every size class is
     expected to meet its percentile."""
 

@@ -1,0 +1,160 @@
+"""The CustomResourceDefinitions in crds/ and docs/reference/api.md, generated from the models.
+
+``python -m meshctl.api.crd`` writes them, with ``--check`` it says which differ (exit 1). A test does the same.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import BaseModel
+from ruamel.yaml import YAML
+
+from meshctl.api.base import API_VERSION
+from meshctl.api.modelprofile import ModelProfile, ModelProfileSpec, ModelProfileStatus
+from meshctl.api.modelroute import ModelRoute, ModelRouteSpec, ModelRouteStatus
+from meshctl.api.reference import reference
+from meshctl.api.schema import Schema, openapi
+
+GROUP, VERSION = API_VERSION.split("/")
+ROOT = Path(__file__).parents[2]
+HEADER = "# Generated from meshctl/api by `python -m meshctl.api.crd`; edit the models, not this file.\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Resource:
+    """What the schema of a kind does not say."""
+
+    model: type[BaseModel]
+    spec: type[BaseModel]
+    status: type[BaseModel]
+    plural: str
+    short: str
+    columns: tuple[tuple[str, str, str], ...]
+    """(name, type, JSON path) of what `kubectl get` prints."""
+
+
+_AGE = ("Age", "date", ".metadata.creationTimestamp")
+RESOURCES = (
+    Resource(
+        ModelRoute,
+        ModelRouteSpec,
+        ModelRouteStatus,
+        "modelroutes",
+        "mr",
+        (
+            ("Model", "string", ".spec.model"),
+            ("SLO", "string", ".spec.slo.latency"),
+            ("Policy", "string", ".spec.policy"),
+            ("Programmed", "string", '.status.conditions[?(@.type=="Programmed")].status'),
+            ("Attainable", "string", '.status.conditions[?(@.type=="Attainable")].status'),
+            ("Suspended", "boolean", ".spec.suspend"),
+            _AGE,
+        ),
+    ),
+    Resource(
+        ModelProfile,
+        ModelProfileSpec,
+        ModelProfileStatus,
+        "modelprofiles",
+        "mp",
+        (
+            ("Model", "string", ".spec.model"),
+            ("GPU", "string", ".spec.gpu"),
+            ("Source", "string", ".spec.source"),
+            ("Accepted", "string", '.status.conditions[?(@.type=="Accepted")].status'),
+            _AGE,
+        ),
+    ),
+)
+
+
+def definition(resource: Resource) -> dict[str, Any]:
+    """The CustomResourceDefinition of one kind."""
+    kind = resource.model.__name__
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{resource.plural}.{GROUP}"},
+        "spec": {
+            "group": GROUP,
+            "names": {
+                "kind": kind,
+                "listKind": f"{kind}List",
+                "plural": resource.plural,
+                "singular": kind.lower(),
+                "shortNames": [resource.short],
+                "categories": ["meshctl"],
+            },
+            "scope": "Namespaced",
+            "versions": [
+                {
+                    "name": VERSION,
+                    "served": True,
+                    "storage": True,
+                    "subresources": {"status": {}},
+                    "additionalPrinterColumns": [
+                        {"name": name, "type": kind, "jsonPath": path} for name, kind, path in resource.columns
+                    ],
+                    "schema": {"openAPIV3Schema": _object(resource)},
+                }
+            ],
+        },
+    }
+
+
+def _object(resource: Resource) -> Schema:
+    return {
+        "type": "object",
+        "description": openapi(resource.model)["description"],
+        "required": ["spec"],
+        "properties": {
+            "apiVersion": {"type": "string"},
+            "kind": {"type": "string"},
+            "metadata": {"type": "object"},
+            "spec": openapi(resource.spec),
+            "status": openapi(resource.status),
+        },
+    }
+
+
+def generated() -> Mapping[Path, str]:
+    """Every generated file, by its path in the repository."""
+    definitions = {
+        Path("crds", f"{GROUP}_{resource.plural}.yaml"): HEADER + _yaml(definition(resource)) for resource in RESOURCES
+    }
+    return MappingProxyType({**definitions, Path("docs", "reference", "api.md"): reference()})
+
+
+def _yaml(data: dict[str, Any]) -> str:
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment] # ruamel declares None, documents bool
+    yaml.width = 120
+    text = io.StringIO()
+    yaml.dump(data, text)
+    return text.getvalue()
+
+
+def main(arguments: list[str]) -> int:
+    if arguments not in ([], ["--check"]):
+        sys.stderr.write("usage: python -m meshctl.api.crd [--check]\n")
+        return 2
+    files = {ROOT / path: text for path, text in generated().items()}
+    stale = [path for path, text in files.items() if not path.exists() or path.read_text() != text]
+    for path in stale:
+        sys.stdout.write(f"{path.relative_to(ROOT)} {'differs' if arguments else 'written'}\n")
+        if not arguments:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(files[path])
+    return 1 if arguments and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
