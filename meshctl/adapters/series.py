@@ -1,0 +1,321 @@
+"""Which series make which Signal: the one table behind every source of signals.
+
+A `Formula` says how one number is made of series; `promql` writes it for Prometheus, `evaluate` computes it from
+scraped pages, and `assemble` joins the results to routes and endpoints. Invariants: a Signal is finite and believable,
+or it is one of no-traffic (0/0), absent (no such series) or the Signal before it (the source could not be asked, or
+said nonsense). What a source failed to say is never read as 0.
+
+Rejected: fetching raw samples from Prometheus and computing rates here for both sources (with many proxies a poll would
+move megabytes that Prometheus sums for us); formulas written out twice, in PromQL and in Python (they drift apart).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+
+from meshctl.model import (
+    DEFAULT_CLASS,
+    DesiredRoute,
+    Endpoint,
+    EndpointId,
+    EndpointSignals,
+    Problem,
+    RouteId,
+    RouteSignals,
+    Signal,
+    cluster_name,
+)
+
+Subject = tuple[str, ...]
+"""Values of a family's labels, in its order: what one number is about."""
+
+ROUTE = "route"
+"""Not a label of any exporter: `cluster_name` without the size class, so that sizes are summed."""
+
+
+# eq=False: both are keys that are looked up for every endpoint; identity hashes at once, nested strings do not.
+@dataclass(frozen=True, slots=True, eq=False)
+class Family:
+    """Series of one exporter that are joined by the same labels."""
+
+    by: tuple[str, ...]
+    stamp: str
+    """The series whose sample time is the time of the whole family."""
+    selector: str = ""
+    """PromQL matchers that leave out what cannot be ours."""
+    keep_max: bool = False
+    """Of several series with one subject, the largest counts (a GPU seen by two exporters); otherwise their sum."""
+
+
+TRITON = Family(("instance", "model"), "nv_inference_request_success")
+TRITON_GPU = Family(("instance",), "nv_gpu_utilization", keep_max=True)
+VLLM = Family(("instance", "model_name"), "vllm:num_requests_running")
+DCGM_PROFILING = Family(("UUID",), "DCGM_FI_PROF_GR_ENGINE_ACTIVE", keep_max=True)
+DCGM_DEVICE = Family(("UUID",), "DCGM_FI_DEV_GPU_UTIL", keep_max=True)
+# Our clusters have two slashes, which the names that a mesh gives its own (outbound|80||host) have not.
+_OURS = '{envoy_cluster_name=~"[^/]+/[^/]+/[^/]+"}'
+CLUSTER = Family(("envoy_cluster_name",), "envoy_cluster_upstream_rq_total", _OURS)
+PROXIED = Family((ROUTE, "envoy_endpoint_address"), "envoy_cluster_endpoint_rq_active", _OURS)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Formula:
+    """``scale * sum(plus) * times / over``, of rates per second (counters) or of values (gauges)."""
+
+    family: Family
+    plus: tuple[str, ...]
+    times: str | None = None
+    over: str | None = None
+    scale: float = 1.0
+    rate: bool = True
+    most: float = 1e9
+    """A larger result is not believed."""
+    per_server: bool = False
+    """Divided by the endpoint's concurrency, and 1 at most: time is credited when a request ends, so that a short
+    window may hold more of it than has passed."""
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        return (*self.plus, *(name for name in (self.times, self.over) if name))
+
+
+_DAY_S = 86_400.0
+_TRITON_COMPUTE = (
+    "nv_inference_compute_input_duration_us",
+    "nv_inference_compute_infer_duration_us",
+    "nv_inference_compute_output_duration_us",
+)
+_SUCCESS = "nv_inference_request_success"
+_RQ_SUCCESS, _RQ_ERROR = "envoy_cluster_endpoint_rq_success", "envoy_cluster_endpoint_rq_error"
+
+ARRIVALS = Formula(CLUSTER, ("envoy_cluster_upstream_rq_total",))
+
+ENDPOINT_FORMULAS: Mapping[str, tuple[Formula, ...]] = {
+    # By field of EndpointSignals; the first formula whose series exist wins. DCGM's sentinels (2**31 - 16 and the like)
+    # mean "not supported" and fall to the next. Triton's own utilisation stands in where there is no DCGM.
+    "gpu_utilization_ratio": (
+        Formula(DCGM_PROFILING, ("DCGM_FI_PROF_GR_ENGINE_ACTIVE",), rate=False, most=1.0),
+        Formula(DCGM_DEVICE, ("DCGM_FI_DEV_GPU_UTIL",), rate=False, scale=0.01, most=1.0),
+        Formula(TRITON_GPU, ("nv_gpu_utilization",), rate=False, most=1.0),
+    ),
+    # Each request of a dynamic batch is credited the whole batch's time: divided by requests per execution.
+    "busy_ratio": (
+        Formula(TRITON, (_TRITON_COMPUTE[1],), "nv_inference_exec_count", _SUCCESS, scale=1e-6, per_server=True),
+    ),
+    "service_s": (
+        Formula(TRITON, _TRITON_COMPUTE, over=_SUCCESS, scale=1e-6, most=_DAY_S),
+        Formula(
+            VLLM,
+            ("vllm:request_inference_time_seconds_sum",),
+            over="vllm:request_inference_time_seconds_count",
+            most=_DAY_S,
+        ),
+    ),
+    "batch": (Formula(TRITON, ("nv_inference_count",), over=_SUCCESS, most=1e6),),
+    "queue_s": (
+        Formula(TRITON, ("nv_inference_queue_duration_us",), over=_SUCCESS, scale=1e-6, most=_DAY_S),
+        Formula(
+            VLLM, ("vllm:request_queue_time_seconds_sum",), over="vllm:request_queue_time_seconds_count", most=_DAY_S
+        ),
+    ),
+    "pending": (
+        Formula(TRITON, ("nv_inference_pending_request_count",), rate=False),
+        Formula(VLLM, ("vllm:num_requests_waiting", "vllm:num_requests_running"), rate=False),
+    ),
+    "completed_rps": (Formula(TRITON, (_SUCCESS,)), Formula(VLLM, ("vllm:request_success_total",))),
+    "failed_rps": (Formula(TRITON, ("nv_inference_request_failure",)),),
+    # Envoy's rq_total leaves out connections refused, so the ends are counted, not the starts.
+    "proxy_rps": (Formula(PROXIED, (_RQ_SUCCESS, _RQ_ERROR)),),
+    "proxy_failed_rps": (Formula(PROXIED, (_RQ_ERROR,)),),
+    "proxy_active": (Formula(PROXIED, ("envoy_cluster_endpoint_rq_active",), rate=False),),
+}
+FORMULAS: tuple[Formula, ...] = (ARRIVALS, *(f for formulas in ENDPOINT_FORMULAS.values() for f in formulas))
+FAMILIES: tuple[Family, ...] = tuple(dict.fromkeys(f.family for f in FORMULAS))
+PROXY_SERIES: frozenset[str] = frozenset(n for f in FORMULAS if f.family in (CLUSTER, PROXIED) for n in f.terms)
+SERVER_SERIES: frozenset[str] = frozenset(n for f in FORMULAS for n in f.terms) - PROXY_SERIES
+COUNTERS: frozenset[str] = frozenset(n for f in FORMULAS if f.rate for n in f.terms)
+
+assert set(ENDPOINT_FORMULAS) == {f.name for f in fields(EndpointSignals)}  # noqa: S101 (a field without a source)
+
+
+# -------------------------------------------------------------------------------------------------------- as PromQL
+
+
+def _selected(family: Family, expression: str) -> str:
+    if ROUTE in family.by:
+        expression = f'label_replace({expression}, "{ROUTE}", "$1", "envoy_cluster_name", "(.*)/[^/]*")'
+    return f"by ({', '.join(family.by)}) ({expression})"
+
+
+def promql(formula: Formula, window_s: float) -> str:
+    """One query for the whole fleet; rates over the last `window_s`."""
+
+    def term(name: str) -> str:
+        series = f"{name}{formula.family.selector}"
+        if formula.rate:
+            series = f"rate({series}[{round(window_s * 1000)}ms])"
+        return f"{'max' if formula.family.keep_max else 'sum'} {_selected(formula.family, series)}"
+
+    query = " + ".join(map(term, formula.plus))
+    if len(formula.plus) > 1:
+        query = f"({query})"
+    if formula.times:
+        query = f"{query} * {term(formula.times)}"
+    if formula.over:
+        query = f"{query} / {term(formula.over)}"
+    return query if formula.scale == 1.0 else f"{formula.scale!r} * {query}"
+
+
+def promql_stamp(family: Family) -> str:
+    """The query for the time (Unix seconds) of each subject's oldest newest sample."""
+    return f"min {_selected(family, f'timestamp({family.stamp}{family.selector})')}"
+
+
+# ---------------------------------------------------------------------------------------------------- from readings
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """The sum of one series' samples about one subject: a rate or a value, true at `at_s`."""
+
+    value: float
+    at_s: float
+
+
+@dataclass(slots=True)
+class Measured:
+    """What one poll found, formula by formula."""
+
+    values: dict[Formula, dict[Subject, Signal | None]] = field(default_factory=dict)
+    """A formula that could not be asked is missing; None stands for a value that is not believed."""
+    dark: frozenset[str] = frozenset()
+    """Instances that the source could not reach itself."""
+    unbelievable: dict[Formula, list[tuple[Subject, float]]] = field(default_factory=dict)
+
+    def add(self, formula: Formula, subject: Subject, value: float, at_s: float) -> None:
+        """Take one result in. NaN is no traffic where the formula is a ratio (0/0), and nonsense anywhere else."""
+        signal: Signal | None = None
+        if math.isnan(value) and formula.over:
+            signal = Signal.no_traffic(at_s)
+        elif 0.0 <= value <= formula.most:
+            signal = Signal(value, at_s)
+        else:
+            self.unbelievable.setdefault(formula, []).append((subject, value))
+        self.values.setdefault(formula, {})[subject] = signal
+
+    def problems(self, where: str) -> tuple[Problem, ...]:
+        """One Problem per formula, however many values were dropped."""
+        return tuple(
+            Problem(where, _unbelievable(formula, dropped))
+            for formula in FORMULAS
+            if (dropped := self.unbelievable.get(formula))
+        )
+
+
+def _unbelievable(formula: Formula, dropped: list[tuple[Subject, float]]) -> str:
+    subject, value = min(dropped, key=lambda pair: pair[0])
+    labels = ", ".join(f'{name}="{v}"' for name, v in zip(formula.family.by, subject, strict=True))
+    return (
+        f"dropped {len(dropped)} value(s) made of {' and '.join(formula.terms)}: {value:g} for {labels} is not in "
+        f"0..{formula.most:g}; look at that exporter"
+    )
+
+
+def evaluate(formula: Formula, read: Callable[[str], Mapping[Subject, Reading]], into: Measured) -> None:
+    """Compute `formula` for every subject that has all its series; `read` gives a series' Readings by subject."""
+    plus = [read(name) for name in formula.plus]
+    times = read(formula.times) if formula.times else None
+    over = read(formula.over) if formula.over else None
+    into.values[formula] = {}
+    for subject in plus[0]:
+        parts = [readings.get(subject) for readings in (*plus, *(r for r in (times, over) if r is not None))]
+        known = [part for part in parts if part is not None]
+        if len(known) < len(parts):
+            continue
+        value = formula.scale * sum(part.value for part in known[: len(plus)])
+        value *= times[subject].value if times is not None else 1.0
+        if over is not None:
+            value = _ratio(value, over[subject].value)
+        if not all(math.isfinite(part.value) for part in known):
+            value = math.inf  # nonsense in, however it would come out (x / infinity is 0)
+        into.add(formula, subject, value, min(part.at_s for part in known))
+
+
+def _ratio(above: float, below: float) -> float:
+    """As Prometheus divides: 0/0 is NaN, x/0 is infinite."""
+    if below:
+        return above / below
+    return math.nan if above == 0 else math.copysign(math.inf, above)
+
+
+# -------------------------------------------------------------------------------------------------------- to routes
+
+
+def assemble(
+    routes: Mapping[RouteId, DesiredRoute], measured: Measured, last: Mapping[RouteId, RouteSignals]
+) -> dict[RouteId, RouteSignals]:
+    """The Signals of every route: what was measured, else what was known before, else absent."""
+    none = RouteSignals()
+    return {route_id: _of_route(route, measured, last.get(route_id, none)) for route_id, route in routes.items()}
+
+
+def _of_route(route: DesiredRoute, measured: Measured, last: RouteSignals) -> RouteSignals:
+    arrivals = {}
+    for size in (*(c.name for c in route.spec.sizes), DEFAULT_CLASS):
+        labels = {"envoy_cluster_name": cluster_name(route.spec.id, size)}
+        arrivals[size] = _pick((ARRIVALS,), labels, 1, measured, last.arrivals_rps.get(size, Signal.ABSENT))
+    none = EndpointSignals()
+    endpoints: dict[EndpointId, EndpointSignals] = {
+        e.id: _of_endpoint(route, e, measured, last.endpoints.get(e.id, none)) for e in route.endpoints
+    }
+    return RouteSignals(arrivals, endpoints)
+
+
+def _of_endpoint(route: DesiredRoute, endpoint: Endpoint, measured: Measured, last: EndpointSignals) -> EndpointSignals:
+    host = f"[{endpoint.address}]" if ":" in endpoint.address else endpoint.address
+    labels = {
+        "instance": endpoint.metrics,
+        "model": route.spec.model,
+        "model_name": route.spec.model,
+        "UUID": endpoint.gpu_uuid,
+        ROUTE: route_label(cluster_name(route.spec.id, "")),
+        "envoy_endpoint_address": f"{host}:{endpoint.port}",
+    }
+    return EndpointSignals(
+        **{
+            name: _pick(formulas, labels, endpoint.concurrency, measured, getattr(last, name))
+            for name, formulas in ENDPOINT_FORMULAS.items()
+        }
+    )
+
+
+def route_label(cluster: str) -> str:
+    """The `ROUTE` of a cluster name: all of it but the size class."""
+    return cluster.rpartition("/")[0]
+
+
+def _pick(
+    formulas: Iterable[Formula], labels: Mapping[str, str], concurrency: int, measured: Measured, last: Signal
+) -> Signal:
+    """The first formula that has an answer; `last` when one could not be asked or was not believed."""
+    otherwise = Signal.ABSENT
+    for formula in formulas:
+        subject = tuple(labels[name] for name in formula.family.by)
+        if not all(subject):
+            continue  # a label this endpoint does not have (no GPU UUID, no metrics address)
+        found = measured.values.get(formula)
+        if found is None or ("instance" in formula.family.by and labels["instance"] in measured.dark):
+            otherwise = last
+            continue
+        signal = found.get(subject, Signal.ABSENT)
+        if signal is None:
+            otherwise = last
+        elif signal is not Signal.ABSENT:
+            return _per_server(signal, concurrency) if formula.per_server else signal
+    return otherwise
+
+
+def _per_server(signal: Signal, concurrency: int) -> Signal:
+    return signal if signal.value is None else Signal(min(1.0, signal.value / concurrency), signal.at_s)
