@@ -95,15 +95,15 @@ def _resolved(plan: RoutePlan, problems: Sequence[Problem]) -> Condition:
         return Condition(ConditionType.RESOLVED, status, reason, message)
 
     route = plan.route
-    if problems:
-        text = "; ".join(f"{problem.where}: {problem.message}" for problem in problems)
-        return condition(Status.FALSE, "InvalidInput", f"the last good version is in force; {text}")
+    said = "".join(f"; {problem.where}: {problem.message}" for problem in problems)
     if not route.endpoints:
-        return condition(Status.FALSE, ReasonCode.NO_ENDPOINTS, "the backend has no endpoint")
+        return condition(Status.FALSE, ReasonCode.NO_ENDPOINTS, f"the backend has no endpoint{said}")
     missing = sorted({endpoint.gpu or "unknown GPU" for endpoint in route.endpoints} - route.profiles.keys())
     if missing:
         text = f"no ModelProfile for {route.spec.model} on {', '.join(missing)}: a guess stands in for it"
-        return condition(Status.FALSE, ReasonCode.NO_PROFILE, text)
+        return condition(Status.FALSE, ReasonCode.NO_PROFILE, text + said)
+    if problems:
+        return condition(Status.FALSE, "InvalidInput", f"the last good version is in force{said}")
     return condition(Status.TRUE, "Resolved", f"{len(route.endpoints)} endpoints, {len(route.profiles)} profiles")
 
 

@@ -207,9 +207,8 @@ class Loop:
         )
 
     def _take_desired(self) -> None:
-        now = self._source.desired()
-        self._desired = with_last_good(now, self._retained)
-        self._retained = {r: self._retained[r] for r in self._desired.routes.keys() - now.routes.keys()}
+        self._desired = with_last_good(self._source.desired(), self._retained)
+        self._retained = {r: saved for r, saved in self._retained.items() if self._desired.routes.get(r) is saved}
 
     # ------------------------------------------------------------------------------------------------ what wakes it
 

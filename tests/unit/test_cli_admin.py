@@ -1,0 +1,169 @@
+"""The reading commands, as processes, against a real admin API."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import orjson
+import pytest
+
+from meshctl import __version__
+from meshctl.controller.admin import AdminServer
+from meshctl.controller.loop import Loop
+from meshctl.model import EndpointSignals, Problem, RouteSignals, Signal
+from meshctl.ports import Desired, Observed
+from tests.harness.controller import (
+    DEADLINE_S,
+    ManualClock,
+    MemoryProxies,
+    MemorySignals,
+    MemorySource,
+    desired_route,
+    routes,
+    started,
+)
+
+
+@dataclass
+class Outcome:
+    status: int
+    out: str
+    err: str
+
+
+async def meshctl(*arguments: str, admin: str = "") -> Outcome:
+    """Run the command line as a user does, without a terminal."""
+    environment = {**os.environ, "MESHCTL_ADMIN": admin, "COLUMNS": "200"}
+    if not admin:
+        del environment["MESHCTL_ADMIN"]
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "meshctl", *arguments, stdout=pipe, stderr=pipe, env=environment
+    )
+    try:
+        out, err = await asyncio.wait_for(process.communicate(), DEADLINE_S)
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode is not None
+    return Outcome(process.returncode, out.decode(), err.decode())
+
+
+@pytest.fixture
+async def admin() -> AsyncIterator[str]:
+    """A loop over two routes, one measured endpoint and one bad manifest, and the URL of its admin API."""
+    first = desired_route().endpoints[0]
+    source = MemorySource(
+        Desired(routes(desired_route(), desired_route("demo/bert")), (Problem("a.yaml:3:1", "unknown field [x]"),))
+    )
+    measured = {first.id: EndpointSignals(service_s=Signal(0.006, 999.0))}
+    signals = MemorySignals(Observed({desired_route().spec.id: RouteSignals(endpoints=measured)}))
+    loop = Loop(source, signals, MemoryProxies(), ManualClock(), tick_s=0.05)
+    server = AdminServer(loop.state, loop.metrics)
+    await server.start("127.0.0.1", 0)
+    try:
+        async with started(loop):
+            await loop.wait_for(lambda state: bool(state.observed.routes), DEADLINE_S)
+            yield f"http://127.0.0.1:{server.port}"
+    finally:
+        await server.stop()
+
+
+async def test_version_is_printed() -> None:
+    """One line, and exit 0."""
+    assert await meshctl("version") == Outcome(0, f"{__version__}\n", "")
+
+
+async def test_version_imports_nothing_heavy() -> None:
+    """`meshctl version` starts fast because it loads none of the libraries that only a controller needs."""
+    heavy = ["scipy", "numpy", "grpc", "aiohttp", "betterproto2", "ruamel.yaml.main", "prometheus_client"]
+    script = (
+        "import sys\nsys.argv = ['meshctl', 'version']\nfrom meshctl.cli import main\n"
+        f"try:\n    main()\nexcept SystemExit: print(sorted(set({heavy!r}) & sys.modules.keys()))"
+    )
+    process = await asyncio.create_subprocess_exec(sys.executable, "-c", script, stdout=asyncio.subprocess.PIPE)
+    out, _ = await asyncio.wait_for(process.communicate(), DEADLINE_S)
+    assert out.decode().splitlines()[1] == "[]"
+
+
+async def test_help_names_every_command() -> None:
+    """`meshctl --help` works with all modules of all commands."""
+    outcome = await meshctl("--help")
+    assert outcome.status == 0
+    for command in ("run", "status", "routes", "explain", "validate", "version"):
+        assert command in outcome.out
+
+
+async def test_routes_as_json_and_as_table(admin: str) -> None:
+    """The same routes for programs and for people."""
+    outcome = await meshctl("routes", "-o", "json", admin=admin)
+    assert [route["route"] for route in orjson.loads(outcome.out)] == ["demo/bert", "demo/resnet"]
+    table = await meshctl("routes", "--admin", admin)
+    assert table.status == 0
+    assert "demo/resnet" in table.out
+    assert "\x1b" not in table.out, "a pipe gets no colours"
+
+
+async def test_status_shows_problems_word_for_word(admin: str) -> None:
+    """Brackets of a message are text, not markup."""
+    outcome = await meshctl("status", admin=admin)
+    assert outcome.status == 0
+    assert "a.yaml:3:1: unknown field [x]" in outcome.out
+    assert "no proxy is connected" in outcome.out
+
+
+@pytest.mark.parametrize("name", ["resnet", "demo/resnet"])
+async def test_explain_shows_weights_with_reasons_and_measurements(admin: str, name: str) -> None:
+    """By short or full name; measurements with value, unit, age and state."""
+    outcome = await meshctl("explain", name, admin=admin)
+    assert outcome.status == 0
+    assert "service_s 0.006 s, 1.0 s old, fresh" in outcome.out
+    assert "127.0.0.1:9001" in outcome.out
+    yaml = await meshctl("explain", name, "-o", "yaml", admin=admin)
+    assert "route: demo/resnet" in yaml.out
+
+
+async def test_explain_of_an_unknown_route_names_those_there_are(admin: str) -> None:
+    """Exit 2, and the list."""
+    for name in ("nope", "demo/nope"):
+        outcome = await meshctl("explain", name, admin=admin)
+        assert outcome.status == 2
+        assert f"no route {name}; the routes are: demo/bert, demo/resnet" in outcome.err
+
+
+async def test_no_controller_is_a_clear_error() -> None:
+    """Exit 1, the address, what to do, no traceback; with --debug the traceback."""
+    outcome = await meshctl("status", "--admin", "http://127.0.0.1:1")
+    assert outcome.status == 1
+    assert "cannot reach the controller at http://127.0.0.1:1" in outcome.err
+    assert "Traceback" not in outcome.err
+    debugged = await meshctl("--debug", "status", "--admin", "http://127.0.0.1:1")
+    assert debugged.status == 1
+    assert "Traceback" in debugged.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        pytest.param(
+            ["run", "--manifests", ".", "--scrape", "--prometheus", "http://x"], "exclude each other", id="both"
+        ),
+        pytest.param(["run", "--manifests", ".", "--xds", "18000"], "--xds is '18000'", id="no host"),
+        pytest.param(["run", "--manifests", ".", "--admin", "h:99999"], "--admin is 'h:99999'", id="port too large"),
+        pytest.param(["run", "--manifests", ".", "--tick", "1"], "--tick has no unit", id="no unit"),
+        pytest.param(["run", "--manifests", ".", "--tick", "0s"], "--tick must be more than 0", id="zero tick"),
+        pytest.param(["run"], "--manifests", id="no manifests"),
+        pytest.param(["nope"], "nope", id="unknown command"),
+        pytest.param(["status", "--admin", "not a url"], "is not a URL", id="bad URL"),
+    ],
+)
+async def test_wrong_use_exits_2_and_says_why(arguments: list[str], said: str) -> None:
+    """The option and what is wrong with it, no traceback."""
+    outcome = await meshctl(*arguments)
+    assert (outcome.status, "Traceback" in outcome.err) == (2, False)
+    assert said in outcome.err
