@@ -25,21 +25,21 @@ def routes(admin: AdminOption = DEFAULT_ADMIN, output: OutputOption = Output.TAB
 
 
 def routes_table(found: Iterable[RouteSummary]) -> Table:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("Route", "Model", "Policy", "SLO", "Load", "Worst size", "Feasible", "Endpoints", "Ready")
+    whole = Column("Route", no_wrap=True)  # other commands take it as an argument
+    table = Table(whole, "Policy", "SLO", "Load", "Worst size", "Endpoints", "Ready")
     for route in found:
-        drained = f" ([red]{route.drained} drained[/])" if route.drained else ""
+        expected = "-" if route.attainment is None else f"{route.attainment:.2%}"
+        drained = f", [red]{route.drained} drained[/]" if route.drained else ""
         colour = {"True": "green", "False": "red"}.get(route.ready, "yellow")
         table.add_row(
             route.route,
-            route.model,
             route.policy,
             f"{route.slo_s * 1000:g} ms",
             f"{route.load_rps:.1f}/s",
-            "-" if route.attainment is None else f"{route.attainment:.2%}",
-            "yes" if route.feasible else "[red]no[/]",
+            expected if route.feasible else f"[red]{expected}[/]",
             f"{route.endpoints}{drained}",
-            f"[{colour}]{route.ready}[/] {route.reason}",
+            f"[{colour}]{route.reason}[/]",
         )
     return table

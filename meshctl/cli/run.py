@@ -10,7 +10,7 @@ import typer
 from meshctl.errors import InputError
 
 if TYPE_CHECKING:
-    from meshctl.controller.main import Address, Config
+    from meshctl.controller.main import Config
 
 
 def run(
@@ -34,12 +34,13 @@ def run(
 
     from meshctl.cli.logs import configure_logs
     from meshctl.controller.main import Config
+    from xds.bootstrap import Address
 
     config = Config(
         manifests=manifests,
         prometheus=prometheus,
-        xds=_address("--xds", xds),
-        admin=_address("--admin", admin),
+        xds=Address.parse(xds, "--xds"),
+        admin=Address.parse(admin, "--admin"),
         state=state,
         tick_s=_positive_s("--tick", tick),
         window_s=_positive_s("--window", window),
@@ -67,15 +68,6 @@ async def _serve(config: Config) -> None:
         loop.add_signal_handler(number, end, number)
     async with running(config):
         await ended.wait()
-
-
-def _address(option: str, text: str) -> Address:
-    from meshctl.controller.main import Address
-
-    host, colon, port = text.rpartition(":")
-    if not (colon and host and port.isascii() and port.isdecimal() and int(port) < 65536):
-        raise InputError(f"{option} is {text!r}; write HOST:PORT, for example 127.0.0.1:18000")
-    return Address(host.strip("[]"), int(port))
 
 
 def _positive_s(option: str, text: str) -> float:

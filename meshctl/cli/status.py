@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 REFRESH_S = 1.0
 """The controller's tick: nothing changes faster but by hand."""
 
+PROBLEMS_SHOWN = 10
+"""Of each source: a fleet that is down must not scroll everything else away."""
+
 WatchOption = Annotated[bool, typer.Option("-w", "--watch", help="Keep showing it, until Ctrl-C.")]
 
 
@@ -60,7 +63,10 @@ def _render(view: StatusView) -> Group:
 
     parts: list[RenderableType] = [_headline(view), _proxies(view), routes_table(view.routes)]
     for source, problems in view.problems.items():
-        parts += [f"[red]{source}[/] " + escape(f"{problem.where}: {problem.message}") for problem in problems]
+        shown = problems[:PROBLEMS_SHOWN]
+        parts += [f"[red]{source}[/] " + escape(f"{problem.where}: {problem.message}") for problem in shown]
+        if len(problems) > len(shown):
+            parts.append(f"[red]{source}[/] and {len(problems) - len(shown)} more; -o json shows all")
     return Group(*parts)
 
 

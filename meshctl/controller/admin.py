@@ -26,8 +26,9 @@ from meshctl import __version__
 from meshctl.controller.metrics import CONTENT_TYPE, Metrics
 from meshctl.controller.state import State
 from meshctl.controller.views import route_summaries, route_view, status_view
-from meshctl.errors import MeshctlError
+from meshctl.errors import InputError
 from meshctl.model import RouteId
+from xds.bootstrap import Address
 
 SHUTDOWN_S = 1.0
 """For answers under way; there are no long ones."""
@@ -40,18 +41,20 @@ class AdminServer:
         self._state = state
         self._metrics = metrics
         self._runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=SHUTDOWN_S)
-        self.host = ""
-        self.port = 0
+        self.address = Address("", 0)
+        """Where it listens, once started."""
 
-    async def start(self, host: str, port: int) -> None:
-        """Bind; port 0 takes a free one, found in `port`. Raises MeshctlError when it can't."""
+    async def start(self, address: Address) -> None:
+        """Bind; port 0 takes a free one. Raises InputError when it can't."""
         await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, host, port).start()
+            await web.TCPSite(self._runner, address.host, address.port).start()
         except OSError as error:
             await self._runner.cleanup()
-            raise MeshctlError(f"cannot serve the admin API on {host}:{port} (--admin): {error.strerror}") from error
-        self.host, self.port = self._runner.addresses[0][:2]
+            raise InputError(
+                f"the admin API can't listen on {address}: {error.strerror}; choose another --admin"
+            ) from error
+        self.address = Address(*self._runner.addresses[0][:2])
 
     async def stop(self) -> None:
         await self._runner.cleanup()

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 
 import structlog
 
@@ -38,6 +38,8 @@ COALESCE_S = 0.05
 """The first change is answered at once; an editor's or a `kubectl apply`'s further files within this time together."""
 POLL_DEADLINE_RATIO = 0.8
 """Of the tick: the rest is for the decision, so that a slow poll still makes its own tick."""
+LOGGED_PROBLEMS = 10
+"""Per reconcile; the status has all of them."""
 STOP_S = 2.0
 """How long each part may take to stop; an orchestrator kills after 30 s, a person after fewer."""
 
@@ -57,14 +59,17 @@ class Loop:
         tick_s: float = 1.0,
         checkpoint: Checkpoint | None = None,
         metrics: Metrics | None = None,
+        dataplane_changed: Callable[[], Awaitable[None]] | None = None,
         decider: Decider = decide,
     ) -> None:
+        """`dataplane_changed` returns at the next change of the actuator's status; without it, ticks look at it."""
         self._source = source
         self._signals = signals
         self._actuator = actuator
         self._clock = clock
         self._tick_s = tick_s
         self._checkpoint = checkpoint
+        self._dataplane_changed = dataplane_changed
         self._decider = decider
         self.metrics = metrics or Metrics()
         self.metrics.observe(self.state)
@@ -100,6 +105,8 @@ class Loop:
         self._take_desired()
         self._dirty.set()
         activities = {"reconcile": self._reconcile_next, "source": self._watch_source, "signals": self._tick}
+        if (changed := self._dataplane_changed) is not None:
+            activities["dataplane"] = lambda: self._watch_dataplane(changed)
         self._tasks = [asyncio.create_task(self._forever(*item), name=item[0]) for item in activities.items()]
 
     async def stop(self) -> None:
@@ -135,13 +142,6 @@ class Loop:
                 await self._turned.wait()
         return state
 
-    def dataplane_changed(self) -> None:
-        """To be called (in the event loop) when a proxy came, went or answered; a new number of them reconciles."""
-        before = self._gateways.count
-        if self._gateways.observe(len(self._actuator.status().proxies), self._clock.now_s()).count != before:
-            self._dirty.set()
-        self._turn()
-
     # ----------------------------------------------------------------------------------------------------- reconcile
 
     async def _reconcile_next(self) -> None:
@@ -157,7 +157,7 @@ class Loop:
     async def _reconcile(self) -> None:
         now_s = self._clock.now_s()
         self._take_desired()
-        self._gateways = self._gateways.observe(len(self._actuator.status().proxies), now_s)
+        self._gateways = self._observed_gateways()
         snapshot = Snapshot(self._desired.routes, self._observed.routes, self._gateways.count)
         outcome = "crashed"
         with self._guarded("decide"):
@@ -216,6 +216,16 @@ class Loop:
         await self._source.wait_changed()
         self._dirty.set()
 
+    async def _watch_dataplane(self, changed: Callable[[], Awaitable[None]]) -> None:
+        """A proxy came, went or answered; only a new number of them changes the decision."""
+        await changed()
+        if self._observed_gateways().count != self._gateways.count:
+            self._dirty.set()
+        self._turn()
+
+    def _observed_gateways(self) -> GatewayCount:
+        return self._gateways.observe(len(self._actuator.status().proxies), self._clock.now_s())
+
     async def _tick(self) -> None:
         """One tick: a poll, or the rest of one that is late; then a reconcile, whatever came of it."""
         clock = asyncio.get_running_loop().time
@@ -269,12 +279,12 @@ class Loop:
         """Log each problem when it comes and when it goes, and count refusals by proxies."""
         found = self.state().problems()
         now = frozenset(problem for problems in found.values() for problem in problems)
-        for problem in sorted(now - self._reported, key=lambda p: (p.where, p.message)):
-            log.warning("problem", where=problem.where, message=problem.message)
-            if problem in found["dataplane"] and problem.route is None:
-                self.metrics.nacks.inc()
-        for problem in sorted(self._reported - now, key=lambda p: (p.where, p.message)):
-            log.info("problem is gone", where=problem.where, message=problem.message)
+        for problem in _first(now - self._reported):
+            log.warning("problem", where=problem.where, message=problem.message, of=len(now - self._reported))
+        for problem in _first(self._reported - now):
+            log.info("problem is gone", where=problem.where, message=problem.message, of=len(self._reported - now))
+        refused = [p for p in found["dataplane"] if p.route is None and p not in self._reported]
+        self.metrics.nacks.inc(len(refused))
         self._reported = now
 
     def _turn(self) -> None:
@@ -287,3 +297,8 @@ class Loop:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=STOP_S)
+
+
+def _first(problems: Iterable[Problem]) -> list[Problem]:
+    """Those to log: when a whole fleet is unreachable, ten lines say it as well as 10,000."""
+    return sorted(problems, key=lambda problem: (problem.where, problem.message))[:LOGGED_PROBLEMS]

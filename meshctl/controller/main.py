@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
-from xds.server import XdsServer
 
 from meshctl.adapters.files import FileSource
 from meshctl.adapters.prometheus import PrometheusSignals
@@ -22,19 +21,13 @@ from meshctl.controller.clock import MonotonicClock
 from meshctl.controller.loop import Loop
 from meshctl.controller.metrics import Metrics
 from meshctl.ports import Clock, SignalSource
+from xds.bootstrap import Address
+from xds.server import XdsServer
 
 log = structlog.get_logger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where to listen; port 0 takes a free one."""
-
-    host: str
-    port: int
-
-    def __str__(self) -> str:
-        return f"{self.host}:{self.port}"
+DEFAULT_XDS = Address("127.0.0.1", 18000)
+DEFAULT_ADMIN = Address("127.0.0.1", 18001)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +37,9 @@ class Config:
     manifests: Path
     prometheus: str | None = None
     """URL; None scrapes the endpoints and proxies directly."""
-    xds: Address = field(default_factory=lambda: Address("127.0.0.1", 18000))
-    admin: Address = field(default_factory=lambda: Address("127.0.0.1", 18001))
+    xds: Address = DEFAULT_XDS
+    """Port 0 takes a free one, here and for `admin`."""
+    admin: Address = DEFAULT_ADMIN
     state: Path | None = None
     """State file; None takes the one that belongs to `manifests`."""
     tick_s: float = 1.0
@@ -55,11 +49,11 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Controller:
-    """A running controller and where it listens."""
+    """A running controller, and the ``host:port`` where it listens."""
 
     loop: Loop
-    xds: Address
-    admin: Address
+    xds: str
+    admin: str
 
 
 @asynccontextmanager
@@ -78,16 +72,15 @@ async def running(config: Config) -> AsyncIterator[Controller]:
             tick_s=config.tick_s,
             checkpoint=checkpoint,
             metrics=metrics,
+            dataplane_changed=server.wait_changed,
         )
         stack.push_async_callback(loop.stop)
         admin = AdminServer(loop.state, metrics)
-        await admin.start(config.admin.host, config.admin.port)
+        await admin.start(config.admin)
         stack.push_async_callback(admin.stop)
         await loop.start()
-        xds_address = Address(config.xds.host, server.port)
-        admin_address = Address(admin.host, admin.port)
-        log.info("serving", xds=str(xds_address), admin=str(admin_address), state=str(checkpoint.path))
-        yield Controller(loop, xds_address, admin_address)
+        log.info("serving", xds=server.address, admin=str(admin.address), state=str(checkpoint.path))
+        yield Controller(loop, server.address, str(admin.address))
 
 
 def _signals(config: Config, clock: Clock) -> SignalSource:

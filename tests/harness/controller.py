@@ -32,7 +32,9 @@ from meshctl.model import (
     SizeClass,
 )
 from meshctl.ports import Desired, Observed
+from xds.bootstrap import Address
 
+ANY_PORT = Address("127.0.0.1", 0)
 DEADLINE_S = 30.0
 """Generous: a test that reaches it has failed, on any machine."""
 
@@ -125,10 +127,16 @@ class MemoryProxies:
     writes: int = 0
     error: Exception | None = None
     stopped: bool = False
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def connect(self, count: int) -> None:
         proxies = tuple(ProxyStatus(f"proxy-{i}", "", synced=True) for i in range(count))
         self.current = DataPlaneStatus(proxies, version="1")
+        self._changed.set()
+
+    async def wait_changed(self) -> None:
+        await self._changed.wait()
+        self._changed.clear()
 
     def apply(self, plan: Plan) -> int:
         if self.error is not None:

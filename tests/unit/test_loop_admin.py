@@ -10,10 +10,11 @@ import pytest
 
 from meshctl.controller.admin import AdminServer
 from meshctl.controller.loop import Loop
-from meshctl.errors import MeshctlError
+from meshctl.errors import InputError
 from meshctl.model import EndpointSignals, Problem, RouteSignals, Signal
 from meshctl.ports import Desired, Observed
 from tests.harness.controller import (
+    ANY_PORT,
     DEADLINE_S,
     ManualClock,
     MemoryProxies,
@@ -36,7 +37,7 @@ class Served:
     async def get(self, path: str) -> tuple[int, aiohttp.ClientResponse]:
         timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
         async with aiohttp.ClientSession(timeout=timeout) as session:
-            response = await session.get(f"http://127.0.0.1:{self.admin.port}{path}")
+            response = await session.get(f"http://{self.admin.address}{path}")
             await response.read()
             return response.status, response
 
@@ -47,7 +48,7 @@ async def served() -> AsyncIterator[Served]:
     world = (source, MemorySignals(), MemoryProxies(), ManualClock())
     loop = Loop(*world, tick_s=0.05)
     admin = AdminServer(loop.state, loop.metrics)
-    await admin.start("127.0.0.1", 0)
+    await admin.start(ANY_PORT)
     try:
         yield Served(*world, loop, admin)
     finally:
@@ -142,5 +143,5 @@ async def test_metrics_follow_the_plan_and_forget_what_is_gone(served: Served) -
 async def test_a_port_in_use_is_said_with_the_option(served: Served) -> None:
     """The message names the address and --admin."""
     second = AdminServer(served.loop.state, served.loop.metrics)
-    with pytest.raises(MeshctlError, match=f"127.0.0.1:{served.admin.port} .--admin.*in use"):
-        await second.start("127.0.0.1", served.admin.port)
+    with pytest.raises(InputError, match=f"{served.admin.address}: .*in use; choose another --admin"):
+        await second.start(served.admin.address)

@@ -46,6 +46,7 @@ class World:
             self.clock,
             tick_s=tick_s,
             checkpoint=checkpoint,
+            dataplane_changed=self.proxies.wait_changed,
             decider=self.decide,
         )
 
@@ -164,15 +165,13 @@ async def test_a_proxy_that_connects_is_counted_at_once_and_one_that_leaves_only
     world = World(tick_s=3600.0)
     async with started(world.loop):
         world.proxies.connect(3)
-        world.loop.dataplane_changed()
         await world.loop.wait_for(lambda state: state.gateways == 3, DEADLINE_S)
         world.proxies.connect(1)
-        world.loop.dataplane_changed()
         world.source.put(routes(world.route))
         await rounds(world.loop, 1)
         assert world.snapshots[-1].gateways == 3
         world.clock.time_s += 60
-        world.loop.dataplane_changed()
+        world.proxies.connect(1)
         await world.loop.wait_for(lambda state: state.gateways == 1, DEADLINE_S)
 
 
