@@ -9,12 +9,13 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import orjson
 
 from meshctl.controller.loop import Loop
@@ -227,3 +228,19 @@ async def run_process(manifests: Path, state: Path, log: Path, *options: str) ->
         if process.returncode is None:
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
+
+
+async def api(controller: RunProcess, path: str, holds: Callable[[Any], bool] = bool) -> Any:
+    """What GET /api/v1/`path` answers as soon as it is there and `holds`."""
+    answer: Any = None
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=DEADLINE_S)) as session:
+        try:
+            async with asyncio.timeout(DEADLINE_S):
+                while True:
+                    async with session.get(f"{controller.admin}/api/v1/{path}") as response:
+                        answer = await response.json()
+                        if response.status == 200 and holds(answer):
+                            return answer
+                    await asyncio.sleep(0.05)  # another process: its API is all there is to wait on
+        except TimeoutError as error:
+            raise AssertionError(f"{path} stays {answer}; log:\n{controller.log.read_text()}") from error
