@@ -43,6 +43,7 @@ class FileSource:
         await self._look()
         if self._contents.identity is None:
             raise InputError(f"{self._root}: is not a directory that can be read; name one that holds manifests")
+        self._changed.clear()  # who starts a source reads `desired` before waiting
         self._task = asyncio.create_task(self._watch(), name=f"watch {self._root}")
         self._task.add_done_callback(lambda _: self._changed.set())
 

@@ -124,9 +124,9 @@ def read_bounded(path: Path) -> bytes:
 def parse(content: bytes, file: str) -> list[Document]:
     """The documents of a file, empty ones left out. Raises ManifestError at the first thing that is not YAML."""
     try:
-        nodes = [node for node in YAML(typ="safe", pure=True).compose_all(content.decode("utf-8-sig")) if node]
+        nodes = YAML(typ="safe", pure=True).compose_all(content.decode("utf-8-sig"))
         budget = _Budget(file)
-        return [budget.document(node) for node in nodes]
+        return [document for node in nodes if node for document in [budget.document(node)] if document.data is not None]
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise _error(file, line, 1, f"is not UTF-8 text (byte 0x{content[error.start]:02x})") from error
