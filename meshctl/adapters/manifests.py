@@ -52,6 +52,8 @@ class Contents:
 
     identity: tuple[int, int] | None = None
     """Device and inode of the directory; None when it is gone."""
+    unlisted: Mapping[Path, str] = field(default_factory=dict)
+    """Folders that could not be listed, and why."""
     files: Mapping[Path, FileState] = field(default_factory=dict)
     objects: Objects = field(default_factory=dict)
     routes: Mapping[RouteId, DesiredRoute] = field(default_factory=dict)
@@ -97,11 +99,20 @@ def read_directory(root: Path, before: Contents) -> Contents:
         state = _read_file(path, before.files.get(path, FileState()), before.objects)
         if state is not None:
             files[path] = state
+    identity = _identity(root)
+    if (listing.unlisted, identity) == (before.unlisted, before.identity) and _same(files, before.files):
+        return before
     for path in sorted(files):
         faults += files[path].faults
     objects, twice = merge({path: state.objects for path, state in files.items()})
     resolved = resolve(objects, before.routes)
-    return Contents(_identity(root), files, objects, resolved.routes, (*faults, *twice, *resolved.faults))
+    every_fault = (*faults, *twice, *resolved.faults)
+    return Contents(identity, listing.unlisted, files, objects, resolved.routes, every_fault)
+
+
+def _same(files: Mapping[Path, FileState], before: Mapping[Path, FileState]) -> bool:
+    """True when every file is known and has not been read again."""
+    return len(files) == len(before) and all(before.get(path) is state for path, state in files.items())
 
 
 def _identity(root: Path) -> tuple[int, int] | None:

@@ -69,10 +69,7 @@ def test_bad_object_keeps_its_last_good_version_and_others_move_on(tmp_path: Pat
     assert after.routes[B] is before.routes[B]
     assert (after.routes[A].spec.generation, after.routes[B].spec.generation) == (2, 1)
     (fault,) = after.faults
-    assert (
-        fault.place.line
-        == [i for i, line in enumerate(path.read_text().splitlines(), 1) if '"latency": 150' in line][0]
-    )
+    assert '"latency": 150\n' in path.read_text().splitlines(keepends=True)[fault.place.line - 1]
     problem = fault.problem()
     assert problem.route == B
     assert problem.where == f"{path}:{fault.place.line}:{fault.place.column}"
