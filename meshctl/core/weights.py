@@ -176,7 +176,7 @@ def equal_utilization(fleet: Fleet, demand: Demand) -> Array:
     rows = np.hstack([np.kron(np.eye(sizes), np.ones(classes)), np.zeros((sizes, 1))])
     objective = np.append(np.zeros(sizes * classes), 1.0)
     result = linprog(objective, A_ub=work, b_ub=np.zeros(classes), A_eq=rows, b_eq=np.ones(sizes))
-    if not result.success:
+    if not result.success or result.x is None:
         raise ArithmeticError(f"the equal-utilisation program has no solution: {result.message}")
     shares = np.maximum(result.x[:-1].reshape(sizes, classes), 0)
     table: Array = shares / shares.sum(axis=1, keepdims=True)
@@ -284,7 +284,9 @@ class _Objective:
         from scipy.optimize import minimize  # 50 MB and 0.3 s: loaded where it is used
 
         logits = np.log(np.maximum(shares, 1e-4))
-        result = minimize(self, logits.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 120, "ftol": tolerance})
+        result = minimize(
+            self, logits.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 120, "ftol": tolerance}
+        )
         return _softmax(result.x.reshape(shares.shape)), int(result.nfev)
 
 

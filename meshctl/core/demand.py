@@ -1,0 +1,107 @@
+"""How much is asked, and of what size: the forecast the weights are solved for.
+
+Observed arrivals per size class are smoothed; a rise of more than half is believed at once. The total is extrapolated
+when it grows (fast less slow mean: half the growth of the last three time constants), raised by the headroom, and kept
+above 30 % of the capacity, so that a burst onto an idle fleet does not meet weights that serve from one GPU alone. The
+mix blends the declared shares in as 20 requests' worth of prior. Nothing known at all: 70 % of the capacity, a load at
+which the table matters and is stable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from meshctl.core.estimate import Estimate, follow
+from meshctl.model import DEFAULT_CLASS, Guard, Input, Reason, ReasonCode, RouteSignals, RouteSpec, Signal
+
+_PRIOR_REQUESTS = 20.0
+_FLOOR, _UNKNOWN = 0.3, 0.7
+_DEFAULT_NOTICED = 0.005
+"""Requests without a usable size count as a class of their own from this share on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Arrivals:
+    """Smoothed arrivals, by size class, and the slow mean of their total."""
+
+    rates: Mapping[str, Estimate] = field(default_factory=lambda: MappingProxyType({}))
+    slow: Estimate | None = None
+
+    @property
+    def total(self) -> Estimate | None:
+        if not self.rates:
+            return None
+        return Estimate(sum(e.value for e in self.rates.values()), max(e.at_s for e in self.rates.values()))
+
+
+def update(before: Arrivals, signals: RouteSignals, guard: Guard) -> Arrivals:
+    """`before` after one look at the counters. The same object when they say nothing new."""
+    rates = dict(before.rates)
+    for name, signal in sorted(signals.arrivals_rps.items()):
+        old = rates.get(name)
+        new = follow(old, signal, guard.smoothing_s, max(10.0, 0.5 * old.value) if old is not None else 0.0)
+        if new is not None:
+            rates[name] = new
+    if rates == before.rates:
+        return before
+    total = sum(e.value for e in rates.values())
+    slow = follow(before.slow, Signal(total, max(e.at_s for e in rates.values())), 4 * guard.smoothing_s)
+    return Arrivals(rates, slow)
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """Requests per second to solve for, by size class, `DEFAULT_CLASS` included; with the reasons."""
+
+    rates: Mapping[str, float]
+    reasons: tuple[Reason, ...]
+
+    @property
+    def total(self) -> float:
+        return sum(self.rates.values())
+
+
+def forecast(spec: RouteSpec, arrivals: Arrivals, capacity_rps: float) -> Forecast:
+    """The demand to solve for; `capacity_rps` is the fleet's, for the declared mix."""
+    total = arrivals.total
+    floor = _FLOOR * capacity_rps
+    subject = str(spec.id)
+    if total is not None:
+        growth = 0.5 * max(0.0, total.value - (arrivals.slow.value if arrivals.slow else total.value))
+        asked = (total.value + growth) * (1 + spec.guard.headroom_ratio)
+        seen: tuple[Input, ...] = (
+            Input("observed", total.value, "requests/s", total.at_s),
+            Input("growth", growth, "requests/s"),
+            Input("headroom", spec.guard.headroom_ratio, "ratio"),
+            Input("least", floor, "requests/s"),
+        )
+        load = max(asked, floor)
+        reason = Reason(ReasonCode.LOAD_OBSERVED, subject, f"solved for {load:.1f} requests/s", seen)
+    else:
+        declared = spec.expected_load_rps
+        load = (declared or _UNKNOWN * capacity_rps) * (1 + spec.guard.headroom_ratio if declared else 1)
+        inputs = (Input("declared", declared, "requests/s"), Input("capacity", capacity_rps, "requests/s"))
+        what = "the declared load" if declared else f"no load known: {_UNKNOWN:.0%} of the capacity"
+        reason = Reason(ReasonCode.LOAD_DECLARED, subject, f"{what}, {load:.1f} requests/s", inputs)
+    shares, mix = _mix(spec, arrivals)
+    return Forecast({name: load * share for name, share in shares.items()}, (reason, mix))
+
+
+def _mix(spec: RouteSpec, arrivals: Arrivals) -> tuple[dict[str, float], Reason]:
+    seen = {name: e.value * spec.guard.smoothing_s for name, e in arrivals.rates.items()}
+    counts = {c.name: seen.get(c.name, 0.0) + _PRIOR_REQUESTS * c.share for c in spec.sizes}
+    unsized = seen.get(DEFAULT_CLASS, 0.0)
+    total = sum(counts.values()) + unsized
+    counts[DEFAULT_CLASS] = unsized if unsized > _DEFAULT_NOTICED * total else 0.0
+    total = sum(counts.values())
+    shares = {name: count / total for name, count in counts.items()}
+    inputs = tuple(Input(name, share, "ratio", _at(arrivals, name)) for name, share in shares.items())
+    if seen:
+        return shares, Reason(ReasonCode.MIX_OBSERVED, str(spec.id), "the sizes that arrive", inputs)
+    return shares, Reason(ReasonCode.MIX_DECLARED, str(spec.id), "the declared mix: no arrivals observed", inputs)
+
+
+def _at(arrivals: Arrivals, name: str) -> float | None:
+    return arrivals.rates[name].at_s if name in arrivals.rates else None
