@@ -20,16 +20,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from meshctl.api.base import GpuProduct, ModelName, Strict, validated
+from meshctl.api.base import GpuProduct, ModelName, Strict, validated, wrong
 from meshctl.api.document import parse, read_bounded
 from meshctl.api.service import ServiceTime
 from meshctl.errors import InputError
 from meshctl.model import ServiceProfile
 from meshctl.sim.metrics import Identity
 
-Port = Annotated[int, Field(ge=0, le=65535)]
+MAX_PORT = 65535
+Port = Annotated[int, Field(ge=0, le=MAX_PORT)]
 Host = Annotated[str, Field(min_length=1, max_length=253)]
 _UUIDS = uuid.UUID("5d1f3c57-6d9b-4d39-9f0c-4d6573686374")
 """Namespace of the simulated GPUs' UUIDs: the same name has the same UUID in every run."""
@@ -54,6 +55,13 @@ class ServerSpec(Strict):
     """First of `count` consecutive ports; 0: the kernel chooses each."""
     metrics_port: Port | None = None
     """The same for `/metrics`; absent: the inference port serves it too."""
+
+    @model_validator(mode="after")
+    def _ports_exist(self) -> ServerSpec:
+        for name, first in (("port", self.port), ("metricsPort", self.metrics_port)):
+            if first and first + self.count - 1 > MAX_PORT:
+                wrong(f"{self.count} consecutive ports from {first} go beyond {MAX_PORT}; begin lower", name)
+        return self
 
 
 class FleetConfig(Strict):

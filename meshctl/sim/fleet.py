@@ -202,7 +202,10 @@ class FleetProcess:
             raise MeshctlError(f"the fleet's process {self._process.pid} was not ready in {READY_S:g} s") from error
         if not line:
             raise MeshctlError(f"the fleet's process ended before it was ready: exit {await self._process.wait()}")
-        self._info = FleetInfo.from_json(line)
+        try:
+            self._info = FleetInfo.from_json(line)
+        except (ValueError, LookupError, TypeError) as error:
+            raise MeshctlError(f"the fleet's process said {line[:200]!r} instead of its addresses") from error
         self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=CONTROL_S))
 
     async def stop(self) -> None:

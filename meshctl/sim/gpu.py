@@ -16,24 +16,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from meshctl.model import ServiceProfile
 from meshctl.sim.faults import Faults
 
 COPY_RATIO = 0.005
 """Share of the service time that goes to copying the input in, and again to copying the output out."""
 UTILIZATION_WINDOW_S = 1.0
 """Sampling window of the GPU's utilisation; NVML's is between 1/6 s and 1 s."""
-
-
-def service_time_s(profile: ServiceProfile, batch: int) -> float:
-    """Seconds of one request alone on the GPU: linear between the profile's points, and beyond them along the last two
-    (the first two below the first)."""
-    points = profile.points
-    if len(points) == 1:
-        return points[0][1]
-    at = next((i for i, point in enumerate(points[1:-1], 1) if batch <= point[0]), len(points) - 1)
-    (x0, y0), (x1, y1) = points[at - 1], points[at]
-    return max(0.0, y0 + (y1 - y0) * (batch - x0) / (x1 - x0))
 
 
 @dataclass(slots=True, eq=False)
@@ -82,8 +70,8 @@ class Gpu:
     _running: list[Job] = field(default_factory=list)
     _hung_at_s: float | None = None
     _busy_since_s: float | None = None
-    _busy: deque[tuple[float, float]] = field(default_factory=deque)
-    """Intervals in which a kernel of ours ran, oldest first; those before the window are dropped."""
+    _busy: deque[tuple[float, float, float]] = field(default_factory=deque)
+    """(begin, end, share of the time slices) in which we ran, oldest first; those before the window are dropped."""
 
     @property
     def pending(self) -> int:
@@ -125,16 +113,19 @@ class Gpu:
 
     def set_faults(self, now_s: float, faults: Faults) -> None:
         """Change speed or hang from `now_s` on; what runs keeps the part it has done. Call `advance` first."""
+        self._end_busy(now_s)
         ratio = faults.slowdown / self.faults.slowdown
         for job in self._running:
             reached_s = self._reached_s(job, now_s)
             job.finish_s = reached_s + (job.finish_s - reached_s) * ratio
+            if not faults.hang:
+                job.finish_s += now_s - reached_s
         self.faults = faults
-        if faults.hang and self._hung_at_s is None:
+        if not faults.hang:
+            self._hung_at_s = None
+            self._busy_since_s = now_s if self._running else None
+        elif self._hung_at_s is None:
             self._hung_at_s = now_s
-            self._end_busy(now_s)
-        elif not faults.hang and self._hung_at_s is not None:
-            self._resume(now_s)
 
     def lose_all(self, now_s: float) -> list[Job]:
         """The process dies: everything at the server is lost and returned, the counters start anew."""
@@ -148,16 +139,15 @@ class Gpu:
     def utilization_ratio(self, now_s: float) -> float:
         """Busy share of the GPU over the last window, all tenants, 0..1.
 
-        While we run, the other tenant has `foreign_ratio` of the time slices and our kernels have the rest, so our
-        part is the time in which we were busy times the rest; together they never exceed 1.
+        While we run beside another tenant, it has `foreign_ratio` of the time slices and our kernels have the rest;
+        so the sum is its share and our work, before as after our queue has felt it.
         """
         start_s = now_s - UTILIZATION_WINDOW_S
         intervals = [*self._busy]
         if self._busy_since_s is not None:
-            intervals.append((self._busy_since_s, now_s))
-        busy_s = sum(max(0.0, min(end, now_s) - max(begin, start_s)) for begin, end in intervals)
-        foreign = self.faults.foreign_ratio
-        return min(1.0, foreign + (1.0 - foreign) * busy_s / UTILIZATION_WINDOW_S)
+            intervals.append((self._busy_since_s, now_s, 1.0 - self.faults.foreign_ratio))
+        ours_s = sum(part * max(0.0, min(end, now_s) - max(begin, start_s)) for begin, end, part in intervals)
+        return min(1.0, self.faults.foreign_ratio + ours_s / UTILIZATION_WINDOW_S)
 
     def _start(self, job: Job, at_s: float) -> None:
         job.start_s = at_s
@@ -170,16 +160,9 @@ class Gpu:
         """The moment up to which the work of `job` is done; one taken up while hung has done nothing."""
         return now_s if self._hung_at_s is None else max(self._hung_at_s, job.start_s)
 
-    def _resume(self, now_s: float) -> None:
-        for job in self._running:
-            job.finish_s += now_s - self._reached_s(job, now_s)
-        self._hung_at_s = None
-        if self._running:
-            self._busy_since_s = now_s
-
     def _end_busy(self, at_s: float) -> None:
         if self._busy_since_s is not None:
-            self._busy.append((self._busy_since_s, at_s))
+            self._busy.append((self._busy_since_s, at_s, 1.0 - self.faults.foreign_ratio))
             self._busy_since_s = None
         while self._busy and self._busy[0][1] < at_s - UTILIZATION_WINDOW_S:
             self._busy.popleft()

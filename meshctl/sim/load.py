@@ -83,9 +83,10 @@ class LoadConfig:
             raise InputError(f"load: the mix needs batches of at least 1 whose shares sum to 1, not {self.mix}")
         if not self.urls or (self.weights and len(self.weights) != len(self.urls)):
             raise InputError("load: needs at least one URL, and as many weights as URLs")
+        if self.weights and not (min(self.weights) >= 0 and 0 < sum(self.weights) < math.inf):
+            raise InputError(f"load: weights must not be negative, nor all 0: {self.weights}")
         for url in self.urls:
-            if not url.startswith("http://") or not URL(url).host:
-                raise InputError(f"load: {url!r} is not a URL of the form http://HOST:PORT[/PATH]")
+            _target(url, self.model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,7 +276,13 @@ def _percentile_ms(values_s: NDArray[np.float64], q: float) -> float | None:
 
 
 def _target(url: str, model: str) -> URL:
-    target = URL(url)
+    """Where to post. Raises InputError when `url` can't be asked."""
+    try:
+        target = URL(url)
+    except ValueError as error:
+        raise InputError(f"load: {url!r} is not a URL: {error}") from error
+    if target.scheme != "http" or not target.host:
+        raise InputError(f"load: {url!r} is not a URL of the form http://HOST:PORT[/PATH]")
     return target.with_path(INFER_PATH.format(model=model)) if target.path in ("", "/") else target
 
 

@@ -15,10 +15,10 @@ from ruamel.yaml import YAML
 
 from meshctl.api.base import API_VERSION
 from meshctl.api.units import format_duration
+from meshctl.core.capacity import service_s
 from meshctl.model import ServiceProfile, SizeClass
 from meshctl.sim.config import FleetConfig
 from meshctl.sim.fleet import ServerInfo
-from meshctl.sim.gpu import service_time_s
 
 MODEL = "resnet50"
 ROUTE = "reference"
@@ -45,7 +45,7 @@ MIX = tuple((int(size.batch), size.share) for size in SIZES)
 def capacity_rps(mix: Iterable[tuple[int, float]] = MIX) -> float:
     """Requests/s that the fleet can answer in the long run: the sum over its servers of 1 / E[service time]."""
     pairs = tuple(mix)
-    means_s = [sum(share * service_time_s(profile, batch) for batch, share in pairs) for profile in PROFILES.values()]
+    means_s = [sum(share * service_s(profile, batch) for batch, share in pairs) for profile in PROFILES.values()]
     return sum(SERVERS_PER_GPU / mean_s for mean_s in means_s)
 
 

@@ -20,14 +20,16 @@ from typing import Any
 import orjson
 from aiohttp import web
 
+from meshctl.core.capacity import service_s
 from meshctl.errors import InputError
 from meshctl.sim import metrics
 from meshctl.sim.config import ServerPlan
 from meshctl.sim.faults import Faults
-from meshctl.sim.gpu import Counters, Gpu, Job, service_time_s
+from meshctl.sim.gpu import Counters, Gpu, Job
 from meshctl.sim.listener import Listener
 
 EARLY_S = 0.0005
+"""Half of the loop's timer resolution."""
 _NV_BATCH = re.compile(r"(?:^|\s)batch_size:\s*([0-9]{1,7})(?:\s|$)")
 _JSON = "application/json"
 
@@ -43,12 +45,12 @@ class SimServer:
         self.plan, self.identity = plan, plan.identity
         times: dict[int, float] = {}
 
-        def service_s(batch: int) -> float:
+        def cached_s(batch: int) -> float:
             if batch not in times:
-                times[batch] = service_time_s(plan.profile, batch)
+                times[batch] = service_s(plan.profile, batch)
             return times[batch]
 
-        self.gpu = Gpu(service_s, plan.concurrency)
+        self.gpu = Gpu(cached_s, plan.concurrency)
         self.faults = Faults()
         self._timer: asyncio.TimerHandle | None = None
         self._flapping: asyncio.Task[None] | None = None
@@ -139,8 +141,8 @@ class SimServer:
         self._arm()
         return await answered
 
-    def _advance(self) -> None:
-        for job in self.gpu.advance(time.monotonic() + EARLY_S):
+    def _advance(self, early_s: float = 0.0) -> None:
+        for job in self.gpu.advance(time.monotonic() + early_s):
             job.done(True)
 
     def _arm(self) -> None:
@@ -155,7 +157,7 @@ class SimServer:
 
     def _tick(self) -> None:
         self._timer = None
-        self._advance()
+        self._advance(EARLY_S)
         self._arm()
 
     # -------------------------------------------------------------------------------------------------- the HTTP API
