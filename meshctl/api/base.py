@@ -124,6 +124,10 @@ def _explain(model: type[BaseModel], error: ErrorDetails) -> tuple[FieldPath, st
             return path, f"must be a mapping (`field: value`), not {value}"
         case "tuple_type" | "list_type":
             return path, f"must be a list, not {value}"
+        case "too_short":
+            return path, f"is empty; give at least {context['min_length']}"
+        case "too_long":
+            return path, f"has too many items; at most {context['max_length']} are taken"
         case "finite_number":
             return path, f"must be a finite number, not {value}"
         case "string_pattern_mismatch":

@@ -191,6 +191,13 @@ class RequestSize(Strict):
                         "self.all(c, has(c.share)) || !self.exists(c, has(c.share))",
                         "give every class a share, or none",
                     ),
+                    (
+                        (
+                            "!self.all(c, has(c.share)) || (0.999 <= self.map(c, c.share).sum()"
+                            " && self.map(c, c.share).sum() <= 1.001)"
+                        ),
+                        "shares must sum to 1",
+                    ),
                 ),
             },
         ),

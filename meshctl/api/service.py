@@ -30,7 +30,17 @@ def _non_decreasing(points: dict[str, float]) -> dict[str, float]:
 
 Points = Annotated[
     dict[str, Duration],
-    Field(min_length=1, max_length=MOST_POINTS),
+    Field(
+        min_length=1,
+        max_length=MOST_POINTS,
+        json_schema_extra=cel(
+            ("self.all(batch, batch.matches('^[1-9][0-9]{0,6}$'))", "batches are whole numbers from 1"),
+            (
+                "self.all(a, self.all(b, int(a) > int(b) || duration(self[a]) <= duration(self[b])))",
+                "a larger batch cannot be faster",
+            ),
+        ),
+    ),
     AfterValidator(_non_decreasing),
 ]
 
