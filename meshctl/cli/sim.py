@@ -20,7 +20,7 @@ from meshctl.cli.output import Output, OutputOption, emit
 from meshctl.errors import InputError
 from meshctl.sim.config import FleetConfig, fleet_config, load_fleet_config
 from meshctl.sim.fleet import Fleet, FleetInfo
-from meshctl.sim.load import Load, LoadConfig, LoadResult, parse_mix
+from meshctl.sim.load import Load, LoadConfig, LoadResult, allow_many_connections, parse_mix
 
 app = typer.Typer(help="A simulated GPU fleet and a load generator.", no_args_is_help=True)
 T = TypeVar("T")
@@ -147,6 +147,7 @@ def _duration_s(option: str, text: str) -> float:
 
 
 def _run(main: Coroutine[Any, Any, T]) -> T:
+    allow_many_connections()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main)
 

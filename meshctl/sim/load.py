@@ -14,8 +14,10 @@ Rejected: closed loops (N workers that wait for their answer), which slow down w
 from __future__ import annotations
 
 import asyncio
+import errno
 import itertools
 import math
+import resource
 import time
 from array import array
 from bisect import bisect_left
@@ -45,6 +47,8 @@ _FAILURES: tuple[tuple[type[Exception], str], ...] = (
     (aiohttp.ClientError, "protocol"),
 )
 """What a failed request is called; the first that fits. A status other than 200 is `http_<status>`."""
+_OWN_LIMITS = frozenset({errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS})
+"""Errors of a connection that are the generator's fault, not the server's: `own_limit`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,7 @@ class LoadResult:
     requests: int
     failed: int
     failures: Mapping[str, int]
-    """By kind: refused, disconnected, reset, timeout, truncated, protocol, http_<status>."""
+    """By kind: refused, disconnected, reset, timeout, truncated, protocol, own_limit, http_<status>."""
     p50_ms: float | None
     p90_ms: float | None
     p99_ms: float | None
@@ -220,7 +224,7 @@ class Load:
                 await response.read()
                 failure = "" if response.status == 200 else f"http_{response.status}"
         except tuple(kind for kind, _ in _FAILURES) as error:
-            failure = next(name for kind, name in _FAILURES if isinstance(error, kind))
+            failure = failure_kind(error)
         finally:
             self._record(at_s, sent_s, size, failure)
 
@@ -269,6 +273,19 @@ class Load:
 async def run_load(config: LoadConfig) -> LoadResult:
     """Send it all, wait for it all."""
     return await Load(config).run()
+
+
+def allow_many_connections() -> None:
+    """Raise this process's limit of open files to what the system allows: each request under way is a connection."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def failure_kind(error: Exception) -> str:
+    """What a request that ended with `error` is called."""
+    if isinstance(error, OSError) and error.errno in _OWN_LIMITS:
+        return "own_limit"
+    return next(name for kind, name in _FAILURES if isinstance(error, kind))
 
 
 def _percentile_ms(values_s: NDArray[np.float64], q: float) -> float | None:

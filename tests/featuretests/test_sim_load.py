@@ -171,9 +171,9 @@ async def test_a_rate_beyond_the_generators_own_still_sends_and_ends() -> None:
         return web.Response()
 
     async with server(answer) as url:
-        result = await run_load(config(url, rate_rps=50_000.0, seconds=0.05))
+        result = await run_load(config(url, rate_rps=200_000.0, seconds=0.002))
 
-    assert result.requests == pytest.approx(2500, rel=0.1)
+    assert result.requests == len(list(arrivals(config(url, rate_rps=200_000.0, seconds=0.002))))
     assert result.failed == 0
     assert result.send_lag_p99_ms is not None
-    assert result.send_lag_p99_ms > 10
+    assert result.send_lag_p99_ms > 2

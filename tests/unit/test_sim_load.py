@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from dataclasses import replace
 from itertools import islice, pairwise
 from typing import Any
 
+import aiohttp
 import pytest
 
 from meshctl.errors import InputError
-from meshctl.sim.load import LoadConfig, arrivals, parse_mix
+from meshctl.sim.load import LoadConfig, arrivals, failure_kind, parse_mix
 
 CONFIG = LoadConfig(("http://127.0.0.1:1",), 500.0, ((1, 0.8), (8, 0.15), (64, 0.05)), seconds=100.0)
 
@@ -96,3 +98,20 @@ def test_senseless_load_is_refused(field: str, value: Any) -> None:
     """Before anything is sent, as the caller's mistake."""
     with pytest.raises(InputError):
         replace(CONFIG, **{field: value})
+
+
+def _subclasses(kind: type[Exception]) -> set[type[Exception]]:
+    return {kind}.union(*(_subclasses(child) for child in kind.__subclasses__()))
+
+
+@pytest.mark.parametrize("kind", sorted(_subclasses(aiohttp.ClientError), key=str))
+def test_whatever_the_client_raises_has_a_name(kind: type[Exception]) -> None:
+    """A new exception of the library below ends no run: it is a failure like the others."""
+    assert failure_kind(kind.__new__(kind)) in {"refused", "disconnected", "timeout", "truncated", "reset", "protocol"}
+
+
+def test_running_out_of_files_is_not_the_servers_fault() -> None:
+    """A limit of the generator's own process is told apart from a refused connection."""
+    assert failure_kind(OSError(errno.EMFILE, "too many open files")) == "own_limit"
+    assert failure_kind(ConnectionResetError(errno.ECONNRESET, "reset")) == "reset"
+    assert failure_kind(TimeoutError()) == "timeout"
