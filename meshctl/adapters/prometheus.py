@@ -53,6 +53,7 @@ _DOWN = "up == 0"
 _GRACE_RATIO = 0.1
 """Last part of the deadline, in which an interrupted thread hands over what it has."""
 _LEAST_TIMEOUT_S = 0.01
+_TOO_LATE = "did not answer every query before the deadline"
 _DETAIL_CHARS = 300
 
 log = structlog.get_logger(__name__)
@@ -88,7 +89,7 @@ class PrometheusSignals:
         self._client.close()
 
     async def _measure(self, deadline_s: float) -> tuple[Measured, tuple[Problem, ...]]:
-        if self._flight is not None and self._flight.is_alive():
+        if self._flight is not None and not self._flight.landed:
             stuck_s = time.monotonic() - self._flight.started_s
             return Measured(), (
                 Problem(self._where, f"still stuck in a query begun {stuck_s:.0f} s ago; not asked again"),
@@ -117,6 +118,8 @@ class _Flight(threading.Thread):
     def __init__(self, client: PrometheusConnect, clock: Clock, window_s: float, where: str, deadline_s: float) -> None:
         super().__init__(name="prometheus-poll", daemon=True)
         self.measured = Measured()
+        self.landed = False
+        """It asks no more; set before `on_landing` is called, while the thread itself may live a moment longer."""
         self.on_landing: Callable[[], object] = lambda: None
         self.started_s = time.monotonic()
         self.sock: socket.socket | None = None
@@ -125,7 +128,8 @@ class _Flight(threading.Thread):
         self._give_up_s = self.started_s + deadline_s * (1 - _GRACE_RATIO)
         self._interrupted = False
         self._timeouts_in_a_row = 0
-        self._failed: dict[str, list[str]] = {}
+        self._failed: dict[str, tuple[str, int]] = {}
+        """By kind of failure: the first in full, and how many."""
         self._notes: list[str] = []
 
     def interrupt(self) -> None:
@@ -151,8 +155,10 @@ class _Flight(threading.Thread):
         try:
             self._ask_all()
         except _GaveUp as gave_up:
-            self._notes.append(f"{gave_up}; the last signals stay")
+            if not self._timeouts_in_a_row:  # those are told already
+                self._notes.append(f"{gave_up}; the last signals stay")
         finally:
+            self.landed = True
             try:
                 self.on_landing()
             except RuntimeError as closed:  # the event loop ended before this thread did: nobody waits any more
@@ -195,16 +201,19 @@ class _Flight(threading.Thread):
         # Half of what is left: one slow query cannot take the time of all the others.
         timeout_s = (self._give_up_s - time.monotonic()) / 2
         if timeout_s < _LEAST_TIMEOUT_S or self._timeouts_in_a_row > 1 or self._interrupted:
-            raise _GaveUp("did not answer every query before the deadline")
+            raise _GaveUp(_TOO_LATE)
         try:
             params = {"timeout": f"{timeout_s:.3f}"}
             answer = self._client.custom_query(query, params, timeout_s)  # type: ignore[arg-type]  # requests takes floats
             rows = [_Row.of(row) for row in answer]
         except tuple(FAILURES) as failure:
+            if self._interrupted:
+                raise _GaveUp(_TOO_LATE) from failure
             self._timeouts_in_a_row = self._timeouts_in_a_row + 1 if isinstance(failure, requests.Timeout) else 0
-            if isinstance(failure, requests.ConnectionError) and not self._interrupted:
+            if isinstance(failure, requests.ConnectionError):
                 raise _GaveUp(explain(failure)) from failure
-            self._failed.setdefault(explain(failure), []).append(query)
+            first, count = self._failed.get(_said(failure), (f"{explain(failure)}, asked {query}", 0))
+            self._failed[_said(failure)] = first, count + 1
             return None
         self._timeouts_in_a_row = 0
         return rows
@@ -256,11 +265,14 @@ FAILURES: Mapping[type[Exception], str] = {
 }
 
 
+def _said(failure: Exception) -> str:
+    return next(words for kind, words in FAILURES.items() if isinstance(failure, kind))
+
+
 def explain(failure: Exception) -> str:
     """What the server did, for people, with the libraries' own words cut to a line."""
-    said = next(words for kind, words in FAILURES.items() if isinstance(failure, kind))
     detail = " ".join(str(failure).split())
-    return f"{said} ({type(failure).__name__}: {detail[:_DETAIL_CHARS]})"
+    return f"{_said(failure)} ({type(failure).__name__}: {detail[:_DETAIL_CHARS]})"
 
 
 # ------------------------------------------------------------------------------------------------------- the client
