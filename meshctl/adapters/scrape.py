@@ -74,7 +74,7 @@ class ScrapeSignals:
         if not (window_s > 0 and timeout_s > 0):
             raise InputError(f"scrape window {window_s:g} s and time-out {timeout_s:g} s: both must be above 0")
         self._clock, self._window_s, self._timeout_s, self._exporters = clock, window_s, timeout_s, exporters
-        self._targets: dict[str, _Target] = {}
+        self._targets: dict[str, Target] = {}
         self._last: Mapping[RouteId, RouteSignals] = {}
         self._session: aiohttp.ClientSession | None = None
 
@@ -86,9 +86,12 @@ class ScrapeSignals:
         for target in self._targets.values():
             if target.task is None or target.task.done():
                 target.task = asyncio.create_task(self._scrape(target))
-        waited_for = [t.task for t in self._targets.values() if t.task is not None and not t.problem]
+        wait_s = min(deadline_s, self._timeout_s)
+        waited_for = {t.task: t for t in self._targets.values() if t.task is not None and not t.problem}
         if waited_for:
-            await asyncio.wait(waited_for, timeout=min(deadline_s, self._timeout_s))
+            _, late = await asyncio.wait(waited_for, timeout=wait_s)
+            for task in late:
+                waited_for[task].problem = f"has not answered within {wait_s:g} s; its last signals stay"
         for target in self._targets.values():
             if target.task is not None and target.task.done():
                 target.task.result()  # raises what is no failure of the target but a bug of ours
@@ -118,9 +121,9 @@ class ScrapeSignals:
                 task.cancel()
         for url, (address, series) in wanted.items():
             if url not in self._targets:
-                self._targets[url] = _Target(url, address, series)
+                self._targets[url] = Target(url, address, series)
 
-    async def _scrape(self, target: _Target) -> None:
+    async def _scrape(self, target: Target) -> None:
         try:
             async with asyncio.timeout(self._timeout_s):
                 text = await self._get(target.url)
@@ -164,7 +167,7 @@ class _Page:
 
 
 @dataclass(slots=True)
-class _Target:
+class Target:
     """One page's address and its last few contents."""
 
     url: str
@@ -227,8 +230,8 @@ def _parse(text: str, names: frozenset[str]) -> dict[_Key, tuple[_Labels, float]
 class _Series:
     """Readings of all targets, by series and subject, each summed once."""
 
-    def __init__(self, targets: Iterable[_Target]) -> None:
-        self._by_name: dict[str, list[tuple[_Target, _Key]]] = {}
+    def __init__(self, targets: Iterable[Target]) -> None:
+        self._by_name: dict[str, list[tuple[Target, _Key]]] = {}
         self._sums: dict[tuple[Family, str], Mapping[Subject, Reading]] = {}
         for target in targets:
             for key in target.labels:
@@ -254,7 +257,7 @@ class _Series:
         return total
 
 
-def _label(target: _Target, labels: _Labels, name: str) -> str:
+def _label(target: Target, labels: _Labels, name: str) -> str:
     if name == "instance":
         return target.address
     if name == ROUTE:

@@ -57,26 +57,32 @@ class Pages:
     asked: list[str] = field(default_factory=list)
     open_now: int = 0
     open_most: int = 0
-    _server: asyncio.Server | None = None
+    sockets: int = 1
+    """Addresses to answer on."""
+    _servers: list[asyncio.Server] = field(default_factory=list)
+
+    @property
+    def addresses(self) -> list[str]:
+        return [f"127.0.0.1:{server.sockets[0].getsockname()[1]}" for server in self._servers]
 
     @property
     def address(self) -> str:
-        assert self._server is not None, "not started"
-        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self.addresses[0]
 
     @property
     def url(self) -> str:
         return f"http://{self.address}"
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=2048)
+        for _ in range(self.sockets):
+            self._servers.append(await asyncio.start_server(self._serve, "127.0.0.1", 0))
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._server is not None, "not started"
-        self._server.close()
+        for server in self._servers:
+            server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.open_now += 1
