@@ -52,6 +52,9 @@ _WORK_BAND = 0.04
 """The table is solved anew when demand moved by more than this part of the work."""
 _PROBATION = 0.1
 """Part of its fair share that an endpoint on probation gets."""
+_SOLVES = 25
+"""Tables solved in one call, about 20 ms each from cold: a thousand new routes must not hold up everybody's tick. The
+others start from equal utilisation, which is stable, and get their table in the next calls."""
 _NOTHING = EndpointSignals()
 
 
@@ -59,6 +62,7 @@ def decide(snapshot: Snapshot, memory: Memory, now_s: float) -> tuple[Plan, Memo
     """Weights for every route of `snapshot`. Never raises on bad signals: they become Reasons."""
     plans, routes = {}, {}
     gateways = max(1, snapshot.gateways)
+    budget = _Budget(_SOLVES)
     for route_id, route in snapshot.routes.items():
         before = memory.routes.get(route_id, _NEW)
         signals = snapshot.signals.get(route_id, NO_SIGNALS)
@@ -66,7 +70,7 @@ def decide(snapshot: Snapshot, memory: Memory, now_s: float) -> tuple[Plan, Memo
         if not (
             before.route is route and before.signals is signals and before.gateways == gateways and now_s < before.due_s
         ):
-            after = _decide_route(route, signals, gateways, before, now_s)
+            after = _decide_route(route, signals, gateways, before, now_s, budget)
         if after.plan is None:
             raise AssertionError(f"{route_id}: decided nothing")
         routes[route_id], plans[route_id] = after, after.plan
@@ -74,6 +78,17 @@ def decide(snapshot: Snapshot, memory: Memory, now_s: float) -> tuple[Plan, Memo
 
 
 _NEW = RouteMemory()
+
+
+@dataclass(slots=True)
+class _Budget:
+    """Solves left in this call."""
+
+    left: int
+
+    def spend(self) -> bool:
+        self.left -= 1
+        return self.left >= 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +107,19 @@ class _Look:
 
 
 def _decide_route(
-    route: DesiredRoute, signals: RouteSignals, gateways: int, before: RouteMemory, now_s: float
+    route: DesiredRoute, signals: RouteSignals, gateways: int, before: RouteMemory, now_s: float, budget: _Budget
 ) -> RouteMemory:
     look = _look(route, signals, before, now_s)
     suspended = route.spec.suspend and bool(before.current)
-    solved, reasons = _solve(look, gateways, before, suspended=suspended)
+    solved, reasons = _solve(look, gateways, before, budget, suspended=suspended)
     move = _move(look, solved, before, now_s, suspended=suspended)
     plan = _plan(look, solved, move.table, before, (*reasons, *move.reasons, *look.reasons))
     settled = move.table is solved.target or guard.distance(move.table, solved.target) < 1e-9
-    calm = settled and all(h.state is State.HEALTHY and h.stuck_since_s is None for h in look.health.values())
+    calm = (
+        settled
+        and solved.key != _INTERIM
+        and all(h.state is State.HEALTHY and h.stuck_since_s is None for h in look.health.values())
+    )
     return RouteMemory(
         current=move.table,
         solved=solved,
@@ -204,9 +223,15 @@ def _usable(route: DesiredRoute, states: Mapping[EndpointId, Health]) -> tuple[t
 # ------------------------------------------------------------------------------------------------------------ solve
 
 
-def _solve(look: _Look, gateways: int, before: RouteMemory, *, suspended: bool) -> tuple[Solved, tuple[Reason, ...]]:
+_INTERIM = "interim"
+"""Key of a table that was not solved for lack of time; no fleet's key equals it."""
+
+
+def _solve(
+    look: _Look, gateways: int, before: RouteMemory, budget: _Budget, *, suspended: bool
+) -> tuple[Solved, tuple[Reason, ...]]:
     """The table to aim at, and why: the last one while what it was solved for holds."""
-    spec = look.route.spec
+    spec, last = look.route.spec, before.solved
     names = (*(c.name for c in spec.sizes), DEFAULT_CLASS)
     if not look.usable:
         return Solved("", {}, {n: {e.id: 0.0 for e in look.route.endpoints} for n in names}, {}, {}), ()
@@ -214,22 +239,34 @@ def _solve(look: _Look, gateways: int, before: RouteMemory, *, suspended: bool) 
     fleet, kinds = _fleet(look, groups), _kinds(spec.sizes)
     asked = demand.forecast(spec, look.arrivals, fleet.capacity_rps(kinds[-1]))
     proxies = 1 << (gateways - 1).bit_length()  # the next power of two: a proxy more or less is no reason to move
-    key = repr(
-        (spec.policy.value, spec.slo_s, proxies, [(c.name, c.batch) for c in spec.sizes], sorted(groups.items()))
-    )
-    last = before.solved
-    held = last is not None and (suspended or look.frozen or last.key == key) and _names_fit(last, names, look)
-    if (
-        last is not None
-        and held
-        and (suspended or look.frozen or _work_moved(last, asked.rates, fleet, kinds) < _WORK_BAND)
+    key = _key(look, groups, proxies)
+    stay = suspended or look.frozen
+    if last is not None and not (
+        _names_fit(last, names, look)
+        and (stay or (last.key == key and _work_moved(last, asked.rates, fleet, kinds) < _WORK_BAND))
     ):
-        return last, (*asked.reasons, _verdict(spec.policy, spec.percentile, last, proxies))
-    rates = np.array([asked.rates.get(n, 0.0) for n in names])
-    warm = _warm(last, names, groups) if last is not None and last.key == key else None
-    table = weights.solve(spec.policy, fleet, weights.Demand(rates, kinds), spec.slo_s, proxies, warm)
-    solved = _spread(look, names, groups, table, key, asked.rates)
-    return solved, (*asked.reasons, _verdict(spec.policy, spec.percentile, solved, proxies))
+        warm = _warm(last, names, groups) if last.key == key else None
+        last = None
+    else:
+        warm = None
+    if last is None:
+        rates = np.array([asked.rates.get(n, 0.0) for n in names])
+        wanted = weights.Demand(rates, kinds)
+        if budget.spend():
+            table = weights.solve(spec.policy, fleet, wanted, spec.slo_s, proxies, warm)
+        else:
+            table = weights.evaluate(fleet, wanted, spec.slo_s, proxies, weights.equal_mix(fleet, wanted))
+            key = _INTERIM
+        last = _spread(look, names, groups, table, key, asked.rates)
+    return last, (*asked.reasons, _verdict(spec.policy, spec.percentile, last, proxies))
+
+
+def _key(look: _Look, groups: Mapping[tuple[str, int, float], tuple[EndpointId, ...]], proxies: int) -> str:
+    """What a table was solved for, other than the demand."""
+    spec = look.route.spec
+    trial = sorted(e.id for e in look.usable if look.health[e.id].state is State.PROBATION)
+    sizes = [(c.name, c.batch) for c in spec.sizes]
+    return repr((spec.policy.value, spec.slo_s, proxies, sizes, sorted(groups.items()), trial))
 
 
 def _groups(look: _Look) -> dict[tuple[str, int, float], tuple[EndpointId, ...]]:
@@ -339,6 +376,8 @@ def _move(look: _Look, solved: Solved, before: RouteMemory, now_s: float, *, sus
     if suspended:
         why = Reason(ReasonCode.SUSPENDED, subject, "spec.suspend: weights stay as they are")
         return _Move(now, repaired, (why,))
+    if look.frozen:  # blind: also in mid-shift, and after a restart until the first signals
+        return _Move(now, repaired, shifting=before.shifting)
     apart = guard.largest_change(now, target)
     if apart <= spec.guard.dead_band_ratio:
         inputs = (
