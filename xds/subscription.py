@@ -149,9 +149,7 @@ class Subscription:
     def _accept(self, kind: TypeUrl, channel: _Channel, contents: Mapping[str, Resource]) -> None:
         channel.error = ""
         if kind is TypeUrl.ENDPOINT:
-            self._warm.update(name for name in contents if name in self._has)
-        elif kind is TypeUrl.CLUSTER:
-            self._rewarm(_changes(channel.accepted if channel.accepted_version else EMPTY, contents))
+            self._warm.update(name for name in contents if name in self._has and name not in self._fresh)
         elif kind is TypeUrl.ROUTE:
             self._returning = False
         channel.accepted, channel.accepted_version = contents, channel.flight_version
@@ -167,11 +165,6 @@ class Subscription:
             for name in contents:
                 self._forget(name)
         return Nack(self.node, kind, channel.flight_version, error, contents)
-
-    def _rewarm(self, names: Iterable[str]) -> None:
-        for name in names:
-            self._warm.discard(name)
-            self._fresh.add(name)
 
     def _forget(self, name: str) -> None:
         gone = self._has.pop(name, None)
@@ -238,8 +231,15 @@ class Subscription:
         target, version = self._cluster_target(snapshot)
         if not self._clusters.wants(version):
             return None
+        self._rewarm(_changes(self._clusters.accepted if self._clusters.accepted_version else EMPTY, target))
         body = snapshot.clusters_body() if target is snapshot.clusters else body_of(target.values())
         return self._send(TypeUrl.CLUSTER, version, target, body)
+
+    def _rewarm(self, names: Iterable[str]) -> None:
+        """Envoy acknowledges clusters only once they are warm, so their endpoints follow at once, not after the ACK."""
+        for name in names:
+            self._warm.discard(name)
+            self._fresh.add(name)
 
     def _cluster_target(self, snapshot: Snapshot) -> tuple[Mapping[str, Resource], str]:
         """The clusters this proxy should have now, with their version: the snapshot's, and those its routes still
@@ -267,7 +267,7 @@ class Subscription:
 
     def _respond_endpoints(self, snapshot: Snapshot) -> bytes | None:
         channel = self._endpoints
-        if not channel.subscribed or channel.flight is not None or self._clusters.flight is not None:
+        if not channel.subscribed or channel.flight is not None:
             return None
         due = self._due(snapshot)
         if not due:

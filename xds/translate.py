@@ -118,7 +118,7 @@ def translate_route(plan: RoutePlan) -> RouteResources:
     return RouteResources(
         route=spec.id,
         hosts=_hosts(spec.hosts),
-        clusters={name: _cluster(spec.id, name, plan.load_balancer) for name in names.values()},
+        clusters={name: cluster(spec.id, name, cluster_tail(plan.load_balancer)) for name in names.values()},
         assignments={name: _assignment(plan, size, name) for size, name in names.items()},
         virtual_host=_virtual_host(spec, names),
     )
@@ -171,14 +171,14 @@ def _resource(kind: TypeUrl, route: RouteId, name: str, data: bytes, weights: tu
 # ------------------------------------------------------------------------------------------------------------ clusters
 
 
-def _cluster(route: RouteId, name: str, balancer: LoadBalancer) -> Resource:
-    data = bytes(cluster_v3.Cluster(name=name)) + _cluster_tail(balancer)
-    return _resource(TypeUrl.CLUSTER, route, name, data)
+def cluster(route: RouteId, name: str, tail: bytes) -> Resource:
+    """The cluster `name`; `tail` is all of it but the name, encoded."""
+    return _resource(TypeUrl.CLUSTER, route, name, bytes(cluster_v3.Cluster(name=name)) + tail)
 
 
 @lru_cache(maxsize=256)
-def _cluster_tail(balancer: LoadBalancer) -> bytes:
-    """All of a cluster but its name."""
+def cluster_tail(balancer: LoadBalancer) -> bytes:
+    """All of a cluster but its name, encoded."""
     least = balancer.policy is LbPolicy.LEAST_REQUEST
     message = cluster_v3.Cluster(
         type=cluster_v3.ClusterDiscoveryType.EDS,
@@ -356,7 +356,8 @@ def _match(headers: tuple[str, ...], size: SizeClass | None) -> bytes:
 
 def _size_matcher(header: str, size: SizeClass) -> route_v3.HeaderMatcher:
     """Envoy's range is [start, end). It takes what is a decimal integer as a whole ("8", "+8", "008") and nothing
-    else, so "abc", "1e9", "" and the "8,64" of a repeated header match no class."""
+    else, so "abc", "1e9", "" and "8,64" match no class. Of a header that is repeated it takes any value: the smallest
+    class that one of them names."""
     if header != LEGACY_HEADER:
         end = min(size.max_batch + 1, _INT64_MAX)
         return route_v3.HeaderMatcher(name=header, range_match=type_v3.Int64Range(start=size.min_batch, end=end))
