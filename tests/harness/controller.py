@@ -48,7 +48,7 @@ def desired_route(name: str = "demo/resnet", endpoints: int = 2, **spec: Any) ->
             id=RouteId(name),
             hosts=(f"{name.replace('/', '.')}.example",),
             model="resnet50",
-            slo_s=0.15,
+            slo_s=1.0,
             percentile=0.99,
             headers=("x-batch-size",),
             sizes=(SizeClass("small", 1, 4, 1.0, 0.8), SizeClass("large", 5, 128, 64.0, 0.2)),

@@ -11,7 +11,7 @@ import pytest
 from meshctl.controller.admin import AdminServer
 from meshctl.controller.loop import Loop
 from meshctl.errors import InputError
-from meshctl.model import EndpointSignals, Problem, RouteSignals, Signal
+from meshctl.model import EndpointSignals, Problem, RouteId, RouteSignals, Signal
 from meshctl.ports import Desired, Observed
 from tests.harness.controller import (
     ANY_PORT,
@@ -132,7 +132,9 @@ async def test_metrics_follow_the_plan_and_forget_what_is_gone(served: Served) -
     _, response = await served.get("/metrics")
     text = await response.text()
     assert response.content_type == "text/plain"
-    assert 'meshctl_weight{endpoint="127.0.0.1:9001",route="demo/bert",size="small"} 500.0' in text
+    weights = served.loop.state().plan.routes[RouteId("demo/bert")].weights["small"]
+    for endpoint, weight in weights.items():
+        assert f'meshctl_weight{{endpoint="{endpoint}",route="demo/bert",size="small"}} {weight:.1f}' in text
     assert 'meshctl_decisions_total{outcome="crashed"} 0.0' in text
     served.source.put(routes(desired_route()))
     await served.loop.wait_for(lambda state: len(state.plan.routes) == 1, DEADLINE_S)
