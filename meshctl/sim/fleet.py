@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -201,7 +202,7 @@ class FleetProcess:
         except TimeoutError as error:
             raise MeshctlError(f"the fleet's process {self._process.pid} was not ready in {READY_S:g} s") from error
         if not line:
-            raise MeshctlError(f"the fleet's process ended before it was ready: exit {await self._process.wait()}")
+            raise MeshctlError("the fleet's process ended before it was ready; its messages are on stderr")
         try:
             self._info = FleetInfo.from_json(line)
         except (ValueError, LookupError, TypeError) as error:
@@ -215,7 +216,8 @@ class FleetProcess:
         if self._process is None or self._process.returncode is not None:
             return
         for end, wait_s in ((signal.SIGTERM, STOP_S), (signal.SIGKILL, STOP_S)):
-            os.killpg(self._process.pid, end)
+            with suppress(ProcessLookupError):  # it may have ended just now
+                os.killpg(self._process.pid, end)
             try:
                 await asyncio.wait_for(self._process.wait(), wait_s)
             except TimeoutError:
