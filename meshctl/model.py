@@ -118,7 +118,7 @@ class Guard:
     """A signal older than this is stale: held ..."""
     decay_s: float = 60.0
     """... and from then on decayed to the capacity prior over this time."""
-    headroom_ratio: float = 0.1
+    headroom_ratio: float = 0.05
     """Weights are solved for (1 + headroom) times the forecast load."""
     error_ratio: float = 0.5
     """An endpoint that fails more than this part of its requests is drained."""

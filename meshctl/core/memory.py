@@ -20,7 +20,10 @@ from meshctl.model import DesiredRoute, EndpointId, Reason, ReasonCode, RouteId,
 
 K = TypeVar("K")
 FORMAT = 1
-_EMPTY: Mapping[Any, Any] = MappingProxyType({})
+
+
+def _empty() -> Mapping[Any, Any]:
+    return MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,15 +42,15 @@ class Solved:
 class RouteMemory:
     """Of one route. The last five fields are not saved: they let an unchanged route be recognised at once."""
 
-    current: Table = _EMPTY
+    current: Table = field(default_factory=_empty)
     """Shares in force."""
     solved: Solved | None = None
     stepped_s: float = -1e9
     """When weights last moved."""
     shifting: bool = False
     """The last move was cut short by the step limit: the next one goes on, whatever the dwell says."""
-    speeds: Mapping[EndpointId, Speed] = _EMPTY
-    health: Mapping[EndpointId, Health] = _EMPTY
+    speeds: Mapping[EndpointId, Speed] = field(default_factory=_empty)
+    health: Mapping[EndpointId, Health] = field(default_factory=_empty)
     arrivals: Arrivals = field(default_factory=Arrivals)
     observed: bool = False
     """Something fresh was measured of this route, once."""
@@ -63,7 +66,7 @@ class RouteMemory:
 class Memory:
     """Of all routes. `to_json` and `from_json` let a restart go on where the last run stopped."""
 
-    routes: Mapping[RouteId, RouteMemory] = _EMPTY
+    routes: Mapping[RouteId, RouteMemory] = field(default_factory=_empty)
 
     def to_json(self, now_s: float) -> dict[str, object]:
         """Plain data, times as ages before `now_s`."""
