@@ -121,7 +121,7 @@ class XdsServer:
                 synced=snapshot is not None and stream.subscription.synced(snapshot),
                 error=stream.subscription.error,
             )
-            for stream in self._streams.values()
+            for stream in self._proxies()
         ]
         return DataPlaneStatus(
             proxies=tuple(sorted(proxies, key=lambda p: (p.node, p.admin))),
@@ -138,7 +138,10 @@ class XdsServer:
     @property
     def gateways(self) -> int:
         """Connected proxies that take part in balancing."""
-        return sum(1 for stream in self._streams.values() if stream.subscription.gateway)
+        return sum(1 for stream in self._proxies() if stream.subscription.gateway)
+
+    def _proxies(self) -> list[_Stream]:
+        return [stream for stream in self._streams.values() if stream.subscription.active]
 
     @property
     def problems(self) -> tuple[Problem, ...]:
@@ -167,10 +170,10 @@ class XdsServer:
 
     def _synced(self, proxies: int) -> bool:
         snapshot = self._cache.snapshot
-        streams = self._streams.values()
-        return (
-            snapshot is not None and len(streams) >= proxies and all(s.subscription.synced(snapshot) for s in streams)
-        )
+        proxied = self._proxies()
+        if snapshot is None or len(proxied) < proxies:
+            return False
+        return all(stream.subscription.synced(snapshot) for stream in proxied)
 
     # --------------------------------------------------------------------------------------------------------- streams
 

@@ -91,6 +91,11 @@ class Subscription:
         """The proxy has state of an earlier stream, with routes that are unknown until it accepts ours."""
 
     @property
+    def active(self) -> bool:
+        """Whether it asked for anything; a connection that has not is no proxy yet."""
+        return any(c.subscribed for c in (self._clusters, self._endpoints, self._listeners, self._routes))
+
+    @property
     def gateway(self) -> bool:
         """Whether this proxy takes part in balancing."""
         return self.node.cluster == GATEWAY_CLUSTER

@@ -115,6 +115,8 @@ def fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
     while at < size:
         key, at = _read_varint(data, at)
         number, kind = key >> 3, key & 7
+        if number == 0:
+            raise ProtocolError(f"not a protobuf message: field 0 at byte {at}")
         if kind == _VARINT:
             value, at = _read_varint(data, at)
             yield number, value
@@ -123,7 +125,7 @@ def fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
             length, at = _read_varint(data, at)
         else:
             length = {_FIXED_64: 8, _FIXED_32: 4}.get(kind, size)
-        if number == 0 or at + length > size:
+        if at + length > size:
             raise ProtocolError(f"not a protobuf message: field {number} of wire type {kind} at byte {at}")
         yield number, data[at : at + length]
         at += length

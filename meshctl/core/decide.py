@@ -258,7 +258,7 @@ def _solve(
             table = weights.evaluate(fleet, wanted, spec.slo_s, proxies, weights.equal_mix(fleet, wanted))
             key = _INTERIM
         last = _spread(look, names, groups, table, key, asked.rates)
-    return last, (*asked.reasons, _verdict(spec.policy, spec.percentile, last, proxies))
+    return last, (*asked.reasons, _verdict(spec.policy, spec.percentile, last, proxies, known=asked.known))
 
 
 def _key(look: _Look, groups: Mapping[tuple[str, int, float], tuple[EndpointId, ...]], proxies: int) -> str:
@@ -335,7 +335,7 @@ def _spread(
     return Solved(key, dict(rates), target, attained, used)
 
 
-def _verdict(policy: Policy, percentile: float, solved: Solved, gateways: int) -> Reason:
+def _verdict(policy: Policy, percentile: float, solved: Solved, gateways: int, *, known: bool) -> Reason:
     worst = min((n for n in solved.attainment if n != DEFAULT_CLASS), key=lambda n: (solved.attainment[n], n))
     busiest = max(solved.utilization.values(), default=0.0)
     inputs = (
@@ -346,7 +346,7 @@ def _verdict(policy: Policy, percentile: float, solved: Solved, gateways: int) -
         Input("highest utilisation", busiest, "ratio"),
         Input("proxies", float(gateways)),
     )
-    if solved.attainment[worst] < percentile:
+    if known and solved.attainment[worst] < percentile:
         message = f"no table meets the SLO: at best {solved.attainment[worst]:.1%} of {worst} in time"
         return Reason(ReasonCode.INFEASIBLE, worst, message, inputs)
     code = ReasonCode.SOLVED if policy is Policy.BALANCED else ReasonCode.CLOSED_FORM
@@ -448,7 +448,7 @@ def _plan(
         attainment=solved.attainment,
         utilization=solved.utilization,
         load_rps=sum(solved.rates.values()),
-        feasible=bool(sized) and all(solved.attainment[n] >= spec.percentile for n in sized),
+        feasible=bool(sized) and not any(r.code is ReasonCode.INFEASIBLE for r in reasons),
         drained=frozenset(e for e, h in look.health.items() if h.state is State.DRAINED),
         reasons=reasons,
     )

@@ -57,10 +57,8 @@ class Forecast:
 
     rates: Mapping[str, float]
     reasons: tuple[Reason, ...]
-
-    @property
-    def total(self) -> float:
-        return sum(self.rates.values())
+    known: bool
+    """False: neither observed nor declared, so it says nothing about whether the SLO can be met."""
 
 
 def forecast(spec: RouteSpec, arrivals: Arrivals, capacity_rps: float) -> Forecast:
@@ -86,7 +84,11 @@ def forecast(spec: RouteSpec, arrivals: Arrivals, capacity_rps: float) -> Foreca
         what = "the declared load" if declared else f"no load known: {_UNKNOWN:.0%} of the capacity"
         reason = Reason(ReasonCode.LOAD_DECLARED, subject, f"{what}, {load:.1f} requests/s", inputs)
     shares, mix = _mix(spec, arrivals)
-    return Forecast({name: load * share for name, share in shares.items()}, (reason, mix))
+    return Forecast(
+        {name: load * share for name, share in shares.items()},
+        (reason, mix),
+        total is not None or spec.expected_load_rps is not None,
+    )
 
 
 def _mix(spec: RouteSpec, arrivals: Arrivals) -> tuple[dict[str, float], Reason]:
