@@ -205,6 +205,10 @@ class XdsServer:
         nack = stream.subscription.receive(parse_request(data))
         if nack is not None:
             self._refused(stream, nack)
+        snapshot = self._cache.snapshot
+        # Here and not in the writer: between the two, a newer plan could come and this one's success be forgotten.
+        if snapshot is not None and stream.subscription.synced(snapshot):
+            self._cache.accept(snapshot)
         stream.wake.set()
 
     def _refused(self, stream: _Stream, nack: Nack) -> None:
@@ -220,9 +224,6 @@ class XdsServer:
             stream.wake.clear()
             while (response := self._due(stream)) is not None:
                 await context.write(response)
-            snapshot = self._cache.snapshot
-            if snapshot is not None and stream.subscription.synced(snapshot):
-                self._cache.accept(snapshot)
             self._tell()
 
     def _due(self, stream: _Stream) -> bytes | None:

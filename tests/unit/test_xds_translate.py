@@ -1,0 +1,130 @@
+"""A plan in Envoy's words, decoded again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from envoy_data_plane.envoy.config.cluster.v3 import Cluster, ClusterDiscoveryType, ClusterLbPolicy
+from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment
+from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
+from envoy_data_plane.envoy.service.discovery.v3 import DiscoveryResponse
+
+from meshctl.model import LbPolicy, LoadBalancer
+from tests.harness.envoy import plan, route_plan
+from xds.snapshot import build
+from xds.translate import Resource, translate, translate_route
+
+A, B, C = "10.0.0.1:8000", "10.0.0.2:8000", "10.0.0.3:8000"
+
+
+def decoded(resource: Resource, kind: Any) -> Any:
+    """The message inside a packed resource."""
+    return kind.parse(DiscoveryResponse.parse(resource.packed).resources[0].value)
+
+
+def test_a_cluster_and_an_assignment_per_size_class() -> None:
+    """Every size class and the default have both, under the name that the metrics use."""
+    resources = translate(plan(route_plan("ns.x/resnet", {A: 600, B: 400, C: 0}))).routes
+    (route,) = resources.values()
+    names = [f"ns_x/resnet/{size}" for size in ("small", "medium", "large", "default")]
+    assert list(route.clusters) == list(route.assignments) == names
+    cluster = decoded(route.clusters[names[0]], Cluster)
+    assert cluster.name == names[0]
+    assert cluster.type is ClusterDiscoveryType.EDS
+    assert cluster.track_cluster_stats.per_endpoint_stats
+    assert {t.max_connections for t in cluster.circuit_breakers.thresholds} == {2**32 - 1}
+    assert cluster.outlier_detection.max_ejection_percent == 50
+
+
+def test_weights_without_the_zeros() -> None:
+    """Envoy's weights start at 1: weight 0 is left out, and so is an endpoint that is not ready."""
+    route = translate_route(route_plan("n/r", {A: 600, B: 400, C: 0}, not_ready=(B,)))
+    assignment = decoded(route.assignments["n/r/small"], ClusterLoadAssignment)
+    found = {
+        e.endpoint.address.socket_address.address: e.load_balancing_weight
+        for locality in assignment.endpoints
+        for e in locality.lb_endpoints
+    }
+    assert found == {"10.0.0.1": 600}
+    assert route.assignments["n/r/small"].weights == (600,)
+
+
+def test_all_zero_weights_use_every_ready_endpoint() -> None:
+    """A late answer is better than none."""
+    route = translate_route(route_plan("n/r", {A: 0, B: 0, C: 0}, not_ready=(C,)))
+    assert route.assignments["n/r/default"].weights == (1, 1)
+
+
+def test_no_endpoint_is_an_empty_assignment() -> None:
+    """The cluster and the virtual host stay."""
+    route = translate_route(route_plan("n/r", {}))
+    assert decoded(route.assignments["n/r/default"], ClusterLoadAssignment).endpoints == []
+    assert list(build([route]).virtual_hosts) == ["n/r"]
+
+
+def test_load_balancers() -> None:
+    """The policy and its parameters as decided."""
+    least = LoadBalancer(LbPolicy.LEAST_REQUEST, active_request_bias=0.5, choice_count=3)
+    cluster = decoded(translate_route(route_plan("n/r", {A: 1}, balancer=least)).clusters["n/r/small"], Cluster)
+    assert cluster.lb_policy is ClusterLbPolicy.LEAST_REQUEST
+    assert cluster.least_request_lb_config.choice_count == 3
+    assert cluster.least_request_lb_config.active_request_bias.default_value == 0.5
+    robin = LoadBalancer(LbPolicy.ROUND_ROBIN)
+    cluster = decoded(translate_route(route_plan("n/r", {A: 1}, balancer=robin)).clusters["n/r/small"], Cluster)
+    assert cluster.lb_policy is ClusterLbPolicy.ROUND_ROBIN
+    assert cluster.least_request_lb_config is None
+
+
+def test_the_route_configuration() -> None:
+    """A route per header and size class, and the default last; retries only for what no server has begun."""
+    snapshot = build([translate_route(route_plan("n/r", {A: 1}, hosts=("Model.example:80", "*"), timeout_s=2.5))])
+    configuration = RouteConfiguration.parse(DiscoveryResponse.parse(snapshot.routes_body()).resources[0].value)
+    assert configuration.name == "meshctl"
+    assert configuration.ignore_port_in_host_matching
+    (host,) = configuration.virtual_hosts
+    assert host.domains == ["model.example", "*"]
+    assert [r.route.cluster.rpartition("/")[2] for r in host.routes if r.route and r.route.cluster] == [
+        *("small", "medium", "large") * 3,
+        "default",
+    ]
+    assert [len(r.match.headers) for r in host.routes if r.match] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 0]
+    for route in host.routes:
+        assert route.route is not None
+        assert route.route.retry_policy is not None
+        assert route.route.timeout is not None
+        assert route.route.timeout.total_seconds() == 2.5
+        assert route.route.retry_policy.retry_on == "connect-failure,refused-stream,reset-before-request"
+
+
+def test_the_same_plan_gives_the_same_bytes_and_a_weight_changes_one_thing() -> None:
+    """Nothing but the load assignments depends on the weights."""
+    one = translate_route(route_plan("n/r", {A: 600, B: 400}))
+    assert translate_route(route_plan("n/r", {A: 600, B: 400})) == one
+    other = translate_route(route_plan("n/r", {A: 500, B: 500}))
+    assert other.clusters == one.clusters
+    assert other.virtual_host == one.virtual_host
+    assert other.assignments != one.assignments
+
+
+def test_a_host_claimed_twice_stays_with_the_first_route() -> None:
+    """The second route goes without it, and with no host left it has no virtual host; both are reported."""
+    routes = [
+        translate_route(route_plan("n/b", {A: 1}, hosts=("x", "y"))),
+        translate_route(route_plan("n/a", {A: 1}, hosts=("x", "x"))),
+        translate_route(route_plan("n/c", {A: 1}, hosts=("y",))),
+    ]
+    snapshot = build(routes)
+    assert list(snapshot.virtual_hosts) == ["n/a", "n/b"]
+    assert [(p.route, p.message.split(";")[0]) for p in snapshot.problems] == [
+        ("n/b", "host 'x' is already served by n/a"),
+        ("n/c", "host 'y' is already served by n/b"),
+    ]
+    assert "n/c/small" in snapshot.clusters
+
+
+def test_ports_of_hosts_are_dropped_and_nothing_else() -> None:
+    """An IPv6 authority keeps its colons."""
+    route = route_plan("n/r", {A: 1}, hosts=("a:80", "[::1]:80", "[::1]", "*.b:8080"))
+    assert translate_route(route).hosts == ("a", "[::1]", "*.b")
+    assert translate_route(replace(route)).hosts == translate_route(route).hosts
