@@ -1,0 +1,233 @@
+"""Both sources of signals on a real Triton under real requests, and through a real Envoy."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from meshctl.adapters.prometheus import PrometheusSignals
+from meshctl.adapters.scrape import ScrapeSignals
+from meshctl.controller.clock import MonotonicClock
+from meshctl.model import DesiredRoute, Endpoint, EndpointId, EndpointSignals, Signal
+from meshctl.ports import Observed, SignalSource
+from tests.harness.pages import route
+from tests.harness.prometheus import PrometheusProcess
+from tests.harness.tools import until
+from tests.harness.triton import TritonModel, TritonProcess
+
+pytestmark = pytest.mark.triton
+
+BASE_S, PER_ITEM_S = 0.010, 0.001
+MODEL = TritonModel(base_s=BASE_S, per_item_s=PER_ITEM_S)
+POLL_DEADLINE_S = 20.0
+
+
+def endpoint(triton: TritonProcess) -> Endpoint:
+    host, _, port = triton.address.rpartition(":")
+    return Endpoint(EndpointId(triton.address), host, int(port), "cpu", triton.metrics)
+
+
+def scrape(window_s: float = 60.0) -> ScrapeSignals:
+    """A window that holds the whole test, and no hurry on a busy machine."""
+    return ScrapeSignals(MonotonicClock(), window_s, timeout_s=POLL_DEADLINE_S)
+
+
+async def observe(source: SignalSource, of: DesiredRoute, proxies: tuple[str, ...] = ()) -> Observed:
+    observed = await source.poll({of.spec.id: of}, proxies, POLL_DEADLINE_S)
+    assert observed.problems == ()
+    return observed
+
+
+async def seen(source: SignalSource, of: DesiredRoute) -> EndpointSignals:
+    (found,) = (await observe(source, of)).routes[of.spec.id].endpoints.values()
+    return found
+
+
+@dataclass
+class Sent:
+    """What was sent in one after the other: how long, and how much of it."""
+
+    batches: Sequence[int]
+    seconds: float = 0.0
+    statuses: list[int] = field(default_factory=list)
+
+    @property
+    def rate_rps(self) -> float:
+        return len(self.statuses) / self.seconds
+
+
+async def send(triton: TritonProcess, batches: Sequence[int], *, fail: bool = False) -> Sent:
+    """One request after the other, each of the next batch."""
+    sent = Sent(batches)
+    began_s = time.monotonic()
+    async with aiohttp.ClientSession() as session:
+        for batch in batches:
+            sent.statuses.append(await triton.infer(session, batch, fail=fail))
+    sent.seconds = time.monotonic() - began_s
+    return sent
+
+
+@pytest.fixture
+async def triton(tmp_path: Path) -> AsyncIterator[TritonProcess]:
+    async with TritonProcess(tmp_path / "triton", MODEL) as started:
+        yield started
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64])
+async def test_service_time_and_batch_are_those_of_the_requests(triton: TritonProcess, batch: int) -> None:
+    """One request at a time of a known size: the service time is the model's, nothing queues, all of it is counted."""
+    source, of = scrape(), route(endpoint(triton))
+    first = await seen(source, of)
+    assert first.completed_rps is Signal.ABSENT
+    assert first.pending.value == 0.0
+    sent = await send(triton, [batch] * 20)
+    found = await seen(source, of)
+    await source.stop()
+    service_s = BASE_S + PER_ITEM_S * batch
+    assert set(sent.statuses) == {200}
+    assert found.batch.value == pytest.approx(batch)
+    # The model sleeps for the service time; a busy machine adds to it and cannot take away.
+    assert found.service_s.value is not None
+    assert service_s <= found.service_s.value <= sent.seconds / 20
+    assert found.queue_s.value is not None
+    assert 0 <= found.queue_s.value < found.service_s.value
+    assert found.completed_rps.value == pytest.approx(sent.rate_rps, rel=0.3)
+    assert found.failed_rps.value == 0.0
+    assert found.busy_ratio.value == pytest.approx((found.completed_rps.value or 0) * found.service_s.value, rel=0.1)
+    assert found.gpu_utilization_ratio is Signal.ABSENT, "there is no GPU"
+
+
+async def test_a_mix_has_the_mean_batch(triton: TritonProcess) -> None:
+    """Sizes 1, 3 and 8 in turn: the batch is 4, the service time that of a batch of 4, as it is affine."""
+    source, of = scrape(), route(endpoint(triton))
+    await seen(source, of)
+    sent = await send(triton, [1, 3, 8] * 8)
+    found = await seen(source, of)
+    await source.stop()
+    assert found.batch.value == pytest.approx(4.0)
+    assert found.service_s.value is not None
+    assert BASE_S + PER_ITEM_S * 4 <= found.service_s.value <= sent.seconds / 24
+
+
+async def test_failures_are_not_completions(triton: TritonProcess) -> None:
+    """Requests that the model refuses are failed_rps, and leave the means of the others alone."""
+    source, of = scrape(), route(endpoint(triton))
+    await seen(source, of)
+    assert set((await send(triton, [2] * 10)).statuses) == {200}
+    assert 200 not in (await send(triton, [2] * 5, fail=True)).statuses
+    found = await seen(source, of)
+    await source.stop()
+    assert found.failed_rps.value is not None
+    assert found.completed_rps.value == pytest.approx(2 * found.failed_rps.value)
+
+
+@asynccontextmanager
+async def in_flight(triton: TritonProcess, count: int) -> AsyncIterator[None]:
+    """`count` requests at once, awaited in the end."""
+    async with aiohttp.ClientSession() as session:
+        tasks = [asyncio.create_task(triton.infer(session, 1)) for _ in range(count)]
+        yield
+        assert await asyncio.gather(*tasks) == [200] * count
+
+
+async def test_pending_leads_what_completions_tell_later(tmp_path: Path) -> None:
+    """Requests that wait show in `pending` while nothing has completed; their waiting shows once they have."""
+    slow = TritonModel(base_s=1.0, per_item_s=0.0)
+    async with TritonProcess(tmp_path, slow) as triton:
+        source, of = scrape(), route(endpoint(triton))
+        await seen(source, of)
+        async with in_flight(triton, 5):
+
+            async def all_there() -> bool:
+                found = await seen(source, of)
+                return found.pending.value == 4.0
+
+            await until(all_there, "four requests wait behind the one that runs")
+        found = await seen(source, of)
+        await source.stop()
+    assert found.pending.value == 0.0
+    assert found.queue_s.value is not None
+    assert found.queue_s.value > 1.0, "they waited 0, 1, 2, 3 and 4 s"
+    assert found.service_s.value is not None
+    assert 1.0 <= found.service_s.value < found.queue_s.value
+
+
+async def test_busy_counts_a_dynamic_batch_once(tmp_path: Path) -> None:
+    """Requests that Triton runs together are each credited the whole time: busy is the time of the executions."""
+    together = TritonModel(base_s=0.1, per_item_s=0.0, dynamic_batching=True)
+    async with TritonProcess(tmp_path, together) as triton:
+        source, of = scrape(), route(endpoint(triton))
+        await seen(source, of)
+        began_s = time.monotonic()
+        for _ in range(5):
+            async with in_flight(triton, 8):
+                pass
+        seconds = time.monotonic() - began_s
+        found = await seen(source, of)
+        await source.stop()
+    assert found.completed_rps.value is not None
+    assert found.completed_rps.value * 0.1 > 1.5, "more work is credited than one server has time for"
+    assert found.busy_ratio.value is not None
+    assert found.busy_ratio.value < 1.0
+    assert found.busy_ratio.value == pytest.approx(10 * 0.1 / seconds, rel=0.5)
+
+
+async def test_instances_share_the_load(tmp_path: Path) -> None:
+    """Two instances serve two requests at once; busy is per instance."""
+    pair = TritonModel(base_s=0.05, per_item_s=0.0, instances=2)
+    async with TritonProcess(tmp_path, pair) as triton:
+        alone, shared = endpoint(triton), endpoint(triton)
+        source = scrape()
+        of = route(Endpoint(alone.id, alone.address, alone.port, "cpu", alone.metrics, concurrency=2))
+        await seen(source, of)
+        await send(triton, [1] * 20)
+        two = await seen(source, of)
+        one = await seen(source, route(shared))
+        await source.stop()
+    assert two.busy_ratio.value is not None
+    assert one.busy_ratio.value == pytest.approx(2 * two.busy_ratio.value, rel=0.2)
+
+
+@pytest.mark.prometheus
+async def test_prometheus_tells_the_same_of_triton(triton: TritonProcess, tmp_path: Path) -> None:
+    """While requests of one size go on, a real Prometheus and the direct scrape agree with what is sent."""
+    of = route(endpoint(triton))
+    async with PrometheusProcess(tmp_path / "prometheus", {"triton": [triton.metrics]}, 0.25) as prometheus:
+        direct, through = scrape(3.0), PrometheusSignals(prometheus.url, MonotonicClock(), 3.0)
+        sending = asyncio.create_task(_send_until_cancelled(triton, 4))
+        try:
+            await prometheus.until("min_over_time(nv_inference_request_success[3s]) > 20")
+            await prometheus.until("count_over_time(nv_inference_request_success[3s]) > 9")
+            await seen(direct, of)
+            began_s = time.monotonic()
+
+            async def two_seconds() -> bool:
+                return time.monotonic() - began_s > 2.0
+
+            await until(two_seconds, "two seconds of requests")
+            one, other = await seen(through, of), await seen(direct, of)
+        finally:
+            sending.cancel()
+        await direct.stop()
+        await through.stop()
+    for found in (one, other):
+        assert found.batch.value == pytest.approx(4.0)
+        assert found.service_s.value is not None
+        assert found.service_s.value >= BASE_S + 4 * PER_ITEM_S
+        assert found.completed_rps.value is not None
+        assert found.busy_ratio.value == pytest.approx(found.completed_rps.value * found.service_s.value, rel=0.1)
+    assert one.service_s.value == pytest.approx(other.service_s.value, rel=0.5)
+    assert one.completed_rps.value == pytest.approx(other.completed_rps.value, rel=0.5)
+    assert one.failed_rps.value == 0.0
+
+
+async def _send_until_cancelled(triton: TritonProcess, batch: int) -> None:
+    while True:
+        await send(triton, [batch] * 10)
