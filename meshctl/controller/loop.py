@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 
 import structlog
 
@@ -39,7 +39,7 @@ COALESCE_S = 0.05
 POLL_DEADLINE_RATIO = 0.8
 """Of the tick: the rest is for the decision, so that a slow poll still makes its own tick."""
 LOGGED_PROBLEMS = 10
-"""Per reconcile; the status has all of them."""
+"""Per reconcile: when a whole fleet is unreachable, ten lines say it as well as 10,000; the status has all."""
 STOP_S = 2.0
 """How long each part may take to stop; an orchestrator kills after 30 s, a person after fewer."""
 
@@ -85,7 +85,7 @@ class Loop:
         self._published = False
         self._reconciles = 0
         self._failures: dict[str, Problem] = {}
-        self._reported: frozenset[Problem] = frozenset()
+        self._reported: dict[tuple[str, str], Problem] = {}
         self._poll: asyncio.Task[Observed] | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._dirty = asyncio.Event()
@@ -276,15 +276,19 @@ class Loop:
             self._failures[kind] = Problem(problems[0].where, problems[0].message + more, problems[0].route)
 
     def _report_changes(self) -> None:
-        """Log each problem when it comes and when it goes, and count refusals by proxies."""
+        """Log each problem when it comes and when it goes, and count refusals by proxies.
+
+        A problem whose words change stays the same one: some carry times and counts, and would be news on every tick.
+        """
         found = self.state().problems()
-        now = frozenset(problem for problems in found.values() for problem in problems)
-        for problem in _first(now - self._reported):
-            log.warning("problem", where=problem.where, message=problem.message, of=len(now - self._reported))
-        for problem in _first(self._reported - now):
-            log.info("problem is gone", where=problem.where, message=problem.message, of=len(self._reported - now))
-        refused = [p for p in found["dataplane"] if p.route is None and p not in self._reported]
-        self.metrics.nacks.inc(len(refused))
+        now = {(p.where, p.route or ""): p for problems in found.values() for p in problems}
+        come, gone = sorted(now.keys() - self._reported.keys()), sorted(self._reported.keys() - now.keys())
+        for key in come[:LOGGED_PROBLEMS]:
+            log.warning("problem", where=now[key].where, message=now[key].message, of=len(come))
+        for key in gone[:LOGGED_PROBLEMS]:
+            log.info("problem is gone", where=self._reported[key].where, of=len(gone))
+        known = set(self._reported.values())
+        self.metrics.nacks.inc(sum(p.route is None and p not in known for p in found["dataplane"]))
         self._reported = now
 
     def _turn(self) -> None:
@@ -297,8 +301,3 @@ class Loop:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=STOP_S)
-
-
-def _first(problems: Iterable[Problem]) -> list[Problem]:
-    """Those to log: when a whole fleet is unreachable, ten lines say it as well as 10,000."""
-    return sorted(problems, key=lambda problem: (problem.where, problem.message))[:LOGGED_PROBLEMS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -127,6 +128,28 @@ async def test_explain_shows_weights_with_reasons_and_measurements(admin: str, n
     assert "127.0.0.1:9001" in outcome.out
     yaml = await meshctl("explain", name, "-o", "yaml", admin=admin)
     assert "route: demo/resnet" in yaml.out
+
+
+async def test_status_watches_until_interrupted(admin: str) -> None:
+    """On a terminal, `status -w` shows the routes and goes on; Ctrl-C ends it without a word."""
+    terminal, its_end = os.openpty()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "meshctl", "status", "-w", "--admin", admin, stdout=its_end, stderr=its_end
+    )
+    os.close(its_end)
+    shown = b""
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            while shown.count(b"demo/resnet") < 2:
+                shown += await asyncio.to_thread(os.read, terminal, 4096)
+            process.send_signal(signal.SIGINT)
+            assert await process.wait() == 130
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        os.close(terminal)
+    assert b"Traceback" not in shown
 
 
 async def test_explain_of_an_unknown_route_names_those_there_are(admin: str) -> None:
