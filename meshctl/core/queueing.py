@@ -14,11 +14,12 @@ Cramer-Lundberg exponent is as fast but wrong by several points below 80 % load,
 
 Two corrections, both by moment matching:
 - Few proxies are smoother than Poisson. A proxy that walks its weights in order sends every m-th request to an
-  endpoint, so the count in a time t has variance ``p*l*t + min((1 - p)*l*t, (1 - p**2)/6)`` per proxy, with p the
+  endpoint, so the count in a time t has variance ``p*l*t`` plus, per proxy, at most (1 - p**2)/6, with p the
   endpoint's share (renewal theory: Erlang-m gaps; 1/6 is the stationary variance of their phase). `dispersion` gives
   the ratio v to Poisson's l*t over the time a queue needs to build up to the deadline; arrivals are then treated as
-  Poisson with rate l/v and jumps v*S: same mean, same variance of the work. Against the event simulation at 75 %
-  load, plain M/G/1 says 88.6 % for the worst size class where one proxy gets 99.9 % and 16 get 93.7 %.
+  Poisson with rate l/v and jumps v*S: same mean, same variance of the work. Late share of the worst size class, 80 %
+  load, predicted and simulated: 1 proxy 0.8/0.5 %, 4 proxies 2.9/2.5, 16 8.7/8.5, 64 17/18; plain M/G/1 says 18 for
+  all of them.
 - c requests at once (instance groups, MPS shares): an M/G/c queue's wait is that of an M/G/1 with service S/c, times
   the ratio of the probabilities to wait at all, ErlangC(c)/rho (Lee and Longton, 1959). Exact for exponential service.
 
@@ -58,13 +59,28 @@ def dispersion(share: Array, rates: Array, service_s: Array, servers: Array, dea
     """Variance of an endpoint's arrival counts over Poisson's, in (0, 1]; arrays (I, K), `servers` (I,).
 
     `share` is the part of all requests of kind k that one endpoint of class i gets, `rates` the rate of them in 1/s.
+    The result includes the factor of `_arrival_average`.
     """
-    rho = (rates * service_s).sum(axis=1) / servers
-    build_up_s = 0.7 * deadline_s / np.maximum(1 - rho, 0.05)
-    expected = np.maximum(rates * build_up_s[:, None], 1e-9)
-    phase = gateways * (1 - share**2) / (6 * expected)
-    v: Array = np.clip(share + np.minimum(1 - share, phase), 0.01, 1.0)
-    return v
+    used = service_s / servers[:, None]
+    rho = np.minimum((rates * used).sum(axis=1), RHO_MAX)
+    build_up_s = 0.5 * deadline_s / np.maximum(1 - rho, 0.05)
+    phase = gateways * (1 - share**2) / (6 * np.maximum(rates * build_up_s[:, None], 1e-9))
+    # the smaller of the two variances where they are far apart, half of each where they meet, smooth throughout
+    v = np.clip(share + (1 - share) * phase / (1 - share + phase + 1e-12), 0.01, 1.0)
+    return np.asarray(np.clip(v * _arrival_average(v, rates, used, rho)[:, None], 0.01, 1.0))
+
+
+def _arrival_average(v: Array, rates: Array, used: Array, rho: Array) -> Array:
+    """(I,) how much less work than the time average an arrival finds: regular arrivals avoid the peaks they make.
+
+    The factor of W. Kraemer and M. Langenbach-Belz (8th Int. Teletraffic Congress, 1976) for GI/G/1 with less than
+    Poisson's variance: exp(-2 (1 - rho) (1 - ca2)**2 / (3 rho (ca2 + cs2))).
+    """
+    work, square = (rates * used).sum(axis=1), (rates * used**2).sum(axis=1)
+    ca2 = (rates * used**2 * v).sum(axis=1) / np.maximum(square, 1e-15)
+    cs2 = np.maximum(square * rates.sum(axis=1) / np.maximum(work, 1e-12) ** 2 - 1, 0)
+    exponent = -2 * (1 - rho) * (1 - ca2) ** 2 / (3 * np.maximum(rho, 0.05) * np.maximum(ca2 + cs2, 1e-3))
+    return np.asarray(np.exp(exponent))
 
 
 @dataclass(frozen=True, slots=True)

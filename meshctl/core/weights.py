@@ -144,7 +144,7 @@ def balanced(fleet: Fleet, demand: Demand, slo_s: float, gateways: int, warm: Ar
     for _ in range(4 if warm is None else 1):
         objective = _Objective(fleet, demand, slo_s, gateways, shares)
         before = shares
-        shares, used = objective.minimise(shares, 1e-5 if warm is None else 1e-4)
+        shares, used = objective.minimise(shares, 3e-5 if warm is None else 1e-4)
         evaluations += used
         if np.abs(shares - before).max() < _SMALL:
             break
