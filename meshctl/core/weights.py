@@ -37,6 +37,8 @@ _TAIL = 0.6
 _KNEE = 0.97
 """Utilisation from which the penalty grows: above, the fluid limit rules and attainments are extrapolated."""
 _PENALTY = 200.0
+_COLD, _WARM = (1e-3, 1e-4, 3e-5), (1e-4,)
+"""Tolerances of the descents: the first ones only find the table whose dispersion the next ones use."""
 _SMALL = 5e-3
 """Shares below this are dropped: they cost an endpoint a schedule slot and move no measurable traffic."""
 
@@ -141,10 +143,10 @@ def balanced(fleet: Fleet, demand: Demand, slo_s: float, gateways: int, warm: Ar
         return evaluate(fleet, demand, slo_s, gateways, shares, table.evaluations)
     start = equal_mix(fleet, demand) if warm is None else warm
     shares, evaluations = start, 0
-    for _ in range(4 if warm is None else 1):
+    for tolerance in _COLD if warm is None else _WARM:
         objective = _Objective(fleet, demand, slo_s, gateways, shares)
         before = shares
-        shares, used = objective.minimise(shares, 3e-5 if warm is None else 1e-4)
+        shares, used = objective.minimise(shares, tolerance)
         evaluations += used
         if np.abs(shares - before).max() < _SMALL:
             break
