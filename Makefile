@@ -1,0 +1,43 @@
+# make demo    the main job on this machine: fleet, Envoy, controller, load; the before and after, live
+# make test    everything: lint, types, import rules, all tests, the real Envoy, Prometheus and Triton included
+# make check   the quick part of it: lint, types, import rules, unit and property tests
+# make lock    pin the newest versions that pyproject.toml allows
+# make crds    generate crds/ and docs/reference/api.md from the models
+.PHONY: setup demo test check lint lock crds clean
+.DELETE_ON_ERROR:
+
+BIN := .venv/bin
+CODE := meshctl xds bench tests
+
+setup:
+	@scripts/setup.sh
+
+demo: setup
+	@$(BIN)/meshctl demo
+
+lint: setup
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check --quiet $(CODE)
+	$(BIN)/mypy --no-error-summary
+	$(BIN)/lint-imports --no-logo >/dev/null || $(BIN)/lint-imports
+	$(BIN)/python -m meshctl.api.crd --check
+
+check: lint
+	$(BIN)/pytest -q tests/unit tests/property
+
+test: lint
+	@scripts/tools.sh >/dev/null
+	$(BIN)/pytest -q tests
+
+# uv in a throw-away environment: hashes for every platform's wheels, no download addresses
+lock: setup
+	$(BIN)/python -m venv .venv-lock && .venv-lock/bin/pip install --quiet uv
+	.venv-lock/bin/uv pip compile --quiet --universal --python-version 3.11 --upgrade --generate-hashes --no-header \
+	  --no-emit-index-url --no-emit-find-links --extra demo --group dev -o requirements.lock pyproject.toml
+	rm -rf .venv-lock
+
+crds: setup
+	$(BIN)/python -m meshctl.api.crd
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
