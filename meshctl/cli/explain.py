@@ -84,9 +84,17 @@ def _endpoint(parent: Tree, endpoint: EndpointView) -> None:
     state = "  [red]drained[/]" if endpoint.drained else "" if endpoint.ready else "  [yellow]not ready[/]"
     node = parent.add(f"[bold]{endpoint.endpoint}[/] {endpoint.gpu or 'unknown GPU'}:  {weights}{load}{state}")
     _reasons(node, endpoint.reasons)
-    measured = [signal for signal in endpoint.signals if signal.state != "absent"]
-    if measured:
-        node.add("[dim]measured: " + "; ".join(_input(signal) for signal in measured) + "[/]")
+    for line in _measured(endpoint.signals):
+        node.add(f"[dim]{line}[/]")
+
+
+def _measured(signals: Iterable[InputView]) -> list[str]:
+    """A line for each age and state: ``0.3 s old, fresh: pending 2 requests; ...``; what is absent is left out."""
+    lines: dict[str, list[str]] = {}
+    for signal in signals:
+        if signal.age_s is not None:
+            lines.setdefault(f"{signal.age_s:.1f} s old, {signal.state}", []).append(_value(signal))
+    return [escape(f"{age}: {'; '.join(values)}") for age, values in lines.items()]
 
 
 def _reasons(parent: Tree, reasons: Iterable[ReasonView]) -> None:
@@ -97,8 +105,13 @@ def _reasons(parent: Tree, reasons: Iterable[ReasonView]) -> None:
 
 def _input(item: InputView) -> str:
     """``service_s 0.0058 s, 1.2 s old, fresh``."""
-    value = "unknown" if item.value is None else f"{item.value:.4g}" if isinstance(item.value, float) else item.value
-    unit = f" {item.unit}" if item.unit and item.value is not None else ""
     age = "" if item.age_s is None else f", {item.age_s:.1f} s old"
     state = "" if item.state is None else f", {item.state}"
-    return escape(f"{item.name} {value}{unit}{age}{state}")
+    return escape(f"{_value(item)}{age}{state}")
+
+
+def _value(item: InputView) -> str:
+    if item.value is None:
+        return item.name if item.state == "no-traffic" else f"{item.name} unknown"
+    value = f"{item.value:.4g}" if isinstance(item.value, float) else item.value
+    return f"{item.name} {value} {item.unit}".rstrip()

@@ -15,13 +15,16 @@ and under 10 s for the first attempts."""
 
 @dataclass(frozen=True, slots=True)
 class GatewayCount:
-    """The count in force and when it was last seen true."""
+    """The looks of the last `HOLD_S` that still matter: (time, proxies), each with fewer proxies than the last."""
 
-    count: int
-    at_s: float
+    looks: tuple[tuple[float, int], ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Proxies to count with; at least 1."""
+        return max(1, self.looks[0][1]) if self.looks else 1
 
     def observe(self, connected: int, now_s: float) -> GatewayCount:
-        """Growth counts at once, a loss only after it has lasted `HOLD_S`; never below 1."""
-        if connected >= self.count or now_s - self.at_s > HOLD_S:
-            return GatewayCount(max(1, connected), now_s)
-        return self
+        """Growth counts at once, a loss only once nothing larger was seen for `HOLD_S`."""
+        larger = ((at_s, count) for at_s, count in self.looks if now_s - at_s <= HOLD_S and count > connected)
+        return GatewayCount((*larger, (now_s, connected)))

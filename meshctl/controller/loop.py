@@ -75,7 +75,7 @@ class Loop:
         self.metrics.observe(self.state)
 
         self._started_s = clock.now_s()
-        self._gateways = GatewayCount(1, self._started_s)
+        self._gateways = GatewayCount()
         self._memory = Memory()
         self._retained = Saved().routes
         self._desired = Desired({})
@@ -88,6 +88,7 @@ class Loop:
         self._reported: dict[tuple[str, str], Problem] = {}
         self._poll: asyncio.Task[Observed] | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._busy = asyncio.Lock()
         self._dirty = asyncio.Event()
         self._turned = asyncio.Event()
 
@@ -99,7 +100,7 @@ class Loop:
             saved = await asyncio.to_thread(self._checkpoint.load, self._clock.now_s())
             if saved is not None:
                 self._memory, self._retained = saved.memory, saved.routes
-                self._gateways = GatewayCount(saved.gateways, self._clock.now_s())
+                self._gateways = GatewayCount().observe(saved.gateways, self._clock.now_s())
                 log.info("state restored", file=str(self._checkpoint.path), routes=len(saved.routes))
         await self._source.start()
         self._take_desired()
@@ -111,8 +112,8 @@ class Loop:
 
     async def stop(self) -> None:
         """End within a few `STOP_S`. The data plane keeps what it has; the state file gets the newest memory."""
-        await self._end_tasks()
-        if self._published:
+        idle = await self._end_tasks()
+        if idle and self._published:
             await self._save(force=True)
         for name, end in (("source", self._source), ("signals", self._signals), ("actuator", self._actuator)):
             with self._guarded(f"stop {name}"):
@@ -147,8 +148,9 @@ class Loop:
     async def _reconcile_next(self) -> None:
         await self._dirty.wait()
         self._dirty.clear()
-        with self.metrics.reconcile_s.time():
-            await self._reconcile()
+        async with self._busy:
+            with self.metrics.reconcile_s.time():
+                await self._reconcile()
         self._report_changes()
         self._reconciles += 1
         self._turn()
@@ -295,9 +297,15 @@ class Loop:
         self._turned.set()
         self._turned = asyncio.Event()
 
-    async def _end_tasks(self) -> None:
+    async def _end_tasks(self) -> bool:
+        """Whether no reconcile is left half done: what was decided is then saved and published, or nothing of it is."""
+        idle = False
+        with contextlib.suppress(TimeoutError):  # a decision that hangs must not keep the process from ending
+            async with asyncio.timeout(STOP_S):
+                idle = await self._busy.acquire()
         tasks: list[asyncio.Task[object]] = [*self._tasks, *([self._poll] if self._poll else [])]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=STOP_S)
+        return idle

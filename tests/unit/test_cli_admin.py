@@ -124,7 +124,7 @@ async def test_explain_shows_weights_with_reasons_and_measurements(admin: str, n
     """By short or full name; measurements with value, unit, age and state."""
     outcome = await meshctl("explain", name, admin=admin)
     assert outcome.status == 0
-    assert "service_s 0.006 s, 1.0 s old, fresh" in outcome.out
+    assert "1.0 s old, fresh: service_s 0.006 s" in outcome.out
     assert "127.0.0.1:9001" in outcome.out
     yaml = await meshctl("explain", name, "-o", "yaml", admin=admin)
     assert "route: demo/resnet" in yaml.out
