@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import signal
 import sys
 from collections.abc import Coroutine
@@ -20,7 +19,7 @@ from meshctl.cli.output import Output, OutputOption, emit
 from meshctl.errors import InputError
 from meshctl.sim.config import FleetConfig, fleet_config, load_fleet_config
 from meshctl.sim.fleet import Fleet, FleetInfo
-from meshctl.sim.load import Load, LoadConfig, LoadResult, allow_many_connections, parse_mix
+from meshctl.sim.load import Load, LoadConfig, LoadResult, allow_many_connections, calm_gc, parse_mix
 
 app = typer.Typer(help="A simulated GPU fleet and a load generator.", no_args_is_help=True)
 T = TypeVar("T")
@@ -57,7 +56,7 @@ async def _fleet(config: FleetConfig, output: Output) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with Fleet(config) as running:
         _print_fleet(running.info, output)
-        _calm_gc()
+        calm_gc()
         await stop.wait()
 
 
@@ -116,7 +115,7 @@ async def _load(config: LoadConfig) -> LoadResult:
     running = Load(config)
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, running.stop)
-    _calm_gc()
+    calm_gc()
     return await running.run()
 
 
@@ -150,10 +149,3 @@ def _run(main: Coroutine[Any, Any, T]) -> T:
     allow_many_connections()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(main)
-
-
-def _calm_gc() -> None:
-    """Collections would show as latency: leave what start-up made out of them, and make them rare."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(50_000, 20, 100)

@@ -175,7 +175,7 @@ class EnvoyProcess:
     async def __aenter__(self) -> Self:
         binary = envoy_binary()
         self._directory.mkdir(parents=True, exist_ok=True)
-        admin = Address("127.0.0.1", _free_port())
+        admin = Address("127.0.0.1", free_port())
         self.admin = str(admin)
         config = self._directory / "bootstrap.json"
         config.write_bytes(orjson.dumps(self._config(admin), option=orjson.OPT_INDENT_2))
@@ -204,6 +204,12 @@ class EnvoyProcess:
                 await process.wait()
         if self._session is not None:
             await self._session.close()
+
+    async def ended(self) -> str:
+        """Returns when Envoy has ended: what to say of it."""
+        if self._process is None:
+            raise MeshctlError("Envoy is not running")
+        return f"Envoy ended with status {await self._process.wait()}; its log: {self._log_tail()}"
 
     async def get(self, path: str) -> str:
         """The admin interface's answer to `path`. Raises MeshctlError when it gives none, or not 200."""
@@ -277,7 +283,7 @@ class EnvoyProcess:
         return self.log.read_text(errors="replace")[-_LOG_TAIL:] if self.log.exists() else "(none)"
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port that was free a moment ago. Envoy tells its admin address to the control plane when it connects, so the
     kernel can't choose it as late as the listener's."""
     with socket.socket() as probe:

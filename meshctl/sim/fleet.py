@@ -224,6 +224,12 @@ class FleetProcess:
                 continue
             return
 
+    async def ended(self) -> str:
+        """Returns when the process has ended: what to say of it."""
+        if self._process is None:
+            raise MeshctlError("the fleet has not been started")
+        return f"the fleet's process ended with status {await self._process.wait()}; its messages are on stderr"
+
     async def set_faults(self, name: str, faults: Faults) -> None:
         """Replace what is wrong with one server; returns when it is in force."""
         await self._post(f"faults/{name}", faults.model_dump_json())

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import itertools
 import math
 import resource
@@ -279,6 +280,13 @@ def allow_many_connections() -> None:
     """Raise this process's limit of open files to what the system allows: each request under way is a connection."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def calm_gc() -> None:
+    """Collections would show as latency: leave what start-up made out of them, and make them rare."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
 
 
 def failure_kind(error: Exception) -> str:

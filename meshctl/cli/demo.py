@@ -1,0 +1,104 @@
+"""`meshctl demo`: the before and after on this machine: a simulated fleet, real Envoys, a real controller."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from meshctl.errors import InputError, MeshctlError
+from meshctl.sim.versus import Signals
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
+    from rich.table import Table
+
+    from meshctl.sim.demo import Comparison
+
+
+def demo(
+    once: Annotated[bool, typer.Option("--once", help="Measure both policies once, print, and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --once: print JSON.")] = False,
+    load: Annotated[float, typer.Option("--load", help="Part of the fleet's capacity that is asked for.")] = 0.8,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", help="Measured time per policy (default 30, or 15 in the live view).")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="The same seed sends the same requests at the same times.")] = 1,
+    signals: Annotated[
+        Signals, typer.Option("--signals", help="Scrape the servers, or ask a Prometheus that is started for it.")
+    ] = Signals.SCRAPE,
+) -> None:
+    """Show the same load through Istio's default and through meshctl, live until Ctrl-C."""
+    if as_json and not once:
+        raise InputError("--json prints one measurement: use it with --once")
+    if not 0 < load < 2:
+        raise InputError(f"--load must be above 0 and below 2 (1 is all that the fleet can do), not {load:g}")
+    if seconds is not None and not 0 < seconds < float("inf"):
+        raise InputError(f"--seconds must be more than 0, not {seconds:g}")
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_until_signal(_once(as_json, load, seconds or 30.0, seed, signals)))
+
+
+async def _until_signal(work: Awaitable[None]) -> None:
+    """`work`, cancelled by the first SIGINT or SIGTERM; what it started is ended before this returns."""
+    task = asyncio.ensure_future(work)
+    received: list[int] = []
+
+    def end(number: int) -> None:
+        if not received:  # a second one must not interrupt the clean-up, each step of which is limited
+            task.cancel()
+        received.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, end, number)
+    try:
+        await task
+    except asyncio.CancelledError:
+        raise MeshctlError(f"interrupted by {signal.Signals(received[0]).name}: nothing was measured") from None
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(f"demo: {text}\n")
+    sys.stderr.flush()
+
+
+async def _once(as_json: bool, load: float, seconds: float, seed: int, signals: Signals) -> None:
+    from meshctl.cli.output import Output, emit
+    from meshctl.sim.demo import compare
+    from meshctl.sim.load import allow_many_connections, calm_gc
+    from meshctl.sim.reference import capacity_rps
+    from meshctl.sim.versus import stand
+
+    allow_many_connections()
+    async with stand(load * capacity_rps(), signals=signals, say=_say) as made:
+        calm_gc()
+
+        async def work() -> None:
+            found = await compare(made, signals, seconds, seed, _say)
+            emit(found.as_dict(), Output.JSON if as_json else Output.TABLE, lambda: _table(found))
+
+        await made.run(work())
+
+
+def _table(found: Comparison) -> Table:
+    from rich.table import Table
+
+    from meshctl.sim.versus import ratio
+
+    policies = (found.before, found.after)
+    table = Table("", *(policy.name for policy in policies), box=None)
+    for name in ("p50_ms", "p99_ms", "p999_ms"):
+        table.add_row(name.removesuffix("_ms"), *(f"{getattr(policy, name)} ms" for policy in policies))
+    table.add_row("goodput", *(f"{policy.goodput or 0:.2%}" for policy in policies))
+    for size in found.before.goodput_by_size:
+        table.add_row(f"  {size}", *(f"{policy.goodput_by_size.get(size, 0):.2%}" for policy in policies))
+    table.add_row("requests", *(f"{policy.requests}, {policy.failed} failed" for policy in policies))
+    shorter = ratio(found.before.p99_ms, found.after.p99_ms)
+    table.caption = f"p99 {shorter} times shorter; {found.load_rps:.0f} requests/s; {found.data_plane}; {found.signals}"
+    return table
