@@ -84,7 +84,7 @@ class PrometheusSignals:
         return Observed(self._last, (*problems, *measured.problems(self._where)))
 
     async def stop(self) -> None:
-        if self._flight is not None:
+        if self._flight is not None and not self._flight.landed:
             self._flight.interrupt()
         self._client.close()
 
@@ -236,7 +236,7 @@ class _Row:
     def of(row: Any) -> _Row:
         """Raises KeyError, TypeError or ValueError when `row` is no such element."""
         at_s, value = row["value"]
-        return _Row({str(k): str(v) for k, v in row["metric"].items()}, float(at_s), float(value))
+        return _Row(dict(row["metric"]), float(at_s), float(value))
 
 
 def _subject(family: Family, row: _Row) -> Subject:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import aiohttp
@@ -20,7 +20,7 @@ class PrometheusProcess(ToolProcess):
 
     name = "prometheus"
 
-    def __init__(self, directory: Path, jobs: dict[str, Sequence[str]], interval_s: float = 1.0) -> None:
+    def __init__(self, directory: Path, jobs: Mapping[str, Sequence[str]], interval_s: float = 1.0) -> None:
         super().__init__(directory)
         self.binary = require("prometheus")
         self.interval_s = interval_s
