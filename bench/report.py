@@ -7,6 +7,7 @@ whether one is met is computed here and nowhere else.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import sys
@@ -18,6 +19,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import orjson
+import structlog
 import typer
 from rich.table import Table
 
@@ -162,3 +164,11 @@ def _number(value: float) -> str:
 def progress(text: str) -> None:
     """What a bench is doing now, on stderr."""
     console(stderr=True).print(text)
+
+
+def quiet_logs() -> None:
+    """Warnings only, on stderr: standard output is the report's."""
+    structlog.configure(
+        wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+    )

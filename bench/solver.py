@@ -26,7 +26,7 @@ if not __package__:  # run as a file: the project's root is not on the path then
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.memory import measure_memory
-from bench.report import Figure, JsonOption, Report, at_most, progress, quantiles
+from bench.report import Figure, JsonOption, Report, at_most, progress, quantiles, quiet_logs
 from meshctl.core import weights
 from meshctl.core.capacity import service_s
 from meshctl.core.decide import Memory, decide
@@ -302,6 +302,7 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer repeats, no memory.")] = False,
 ) -> None:
     """Time the solver and decide(), and weigh a controller of 1000 routes."""
+    quiet_logs()
     report = Report("solver")
     progress("solver: 30 cases, cold, warm and naive")
     bench_solver(report, 1 if quick else 7)
