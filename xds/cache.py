@@ -58,7 +58,8 @@ class Cache:
         self.snapshot: Snapshot | None = None
         """What proxies should have; None until the first plan: a restart says nothing before it knows."""
         self._routes: dict[RouteId, _Route] = {}
-        self._retired: deque[Mapping[str, Resource]] = deque(maxlen=RETIRED_KEPT)
+        self._retired: deque[tuple[Mapping[str, Resource], Mapping[str, Resource]]] = deque(maxlen=RETIRED_KEPT)
+        """Clusters and load assignments that a publish removed."""
 
     @property
     def quarantined(self) -> Mapping[RouteId, str]:
@@ -134,18 +135,19 @@ class Cache:
         chosen = {route: state.best() for route, state in self._routes.items()}
         resources = [best for best in chosen.values() if best is not None]
         old = self.snapshot
-        self._retire({} if old is None else old.clusters, {name for r in resources for name in r.clusters})
-        retired = {name: resource for gone in self._retired for name, resource in gone.items()}
-        snapshot = build(resources, retired)
+        if old is not None:
+            self._retire(old, {name for r in resources for name in r.clusters})
+        clusters, assignments = ({n: r for gone in self._retired for n, r in gone[i].items()} for i in (0, 1))
+        snapshot = build(resources, clusters, assignments)
         for route, best in chosen.items():
             self._routes[route].published = best
         self.snapshot = snapshot
         return changed(old, snapshot)
 
-    def _retire(self, old: Mapping[str, Resource], kept: set[str]) -> None:
-        gone = {name: resource for name, resource in old.items() if name not in kept}
+    def _retire(self, old: Snapshot, kept: set[str]) -> None:
+        gone = [name for name in old.clusters if name not in kept]
         if gone:
-            self._retired.append(gone)
+            self._retired.append(({n: old.clusters[n] for n in gone}, {n: old.assignments[n] for n in gone}))
 
 
 def resources_of(route: RouteResources) -> Iterator[Resource]:

@@ -30,7 +30,7 @@ log = structlog.get_logger(__name__)
 _SERVICE = "envoy.service.discovery.v3.AggregatedDiscoveryService"
 _METHOD = f"/{_SERVICE}/StreamAggregatedResources"
 STOP_GRACE_S = 0.2
-"""Streams never end by themselves, so a graceful stop only lets a response being written get out."""
+"""For what is being written. Streams are ended by us: they never end by themselves."""
 
 _STREAM_ERRORS = (aio.InternalError, aio.UsageError, aio.AbortError)
 """What gRPC raises when a response can't be written any more: the proxy is gone."""
@@ -58,6 +58,9 @@ class _Stream:
         self.peer = peer
         self.subscription = Subscription()
         self.wake = asyncio.Event()
+        self.reader: asyncio.Task[None] | None = None
+        self.garbage = ""
+        """Why what it sent was no request; "" while it was."""
 
     @property
     def name(self) -> str:
@@ -131,6 +134,9 @@ class XdsServer:
 
     async def stop(self) -> None:
         """Ends all streams, within a second. Proxies keep serving what they have."""
+        for stream in self._streams.values():
+            if stream.reader is not None:
+                stream.reader.cancel()
         await self._server.stop(STOP_GRACE_S)
 
     # ---------------------------------------------------------------------------------------------------------- extras
@@ -181,25 +187,28 @@ class XdsServer:
         """One stream, until the proxy or `stop` ends it."""
         stream = _Stream(context.peer())
         self._streams[id(stream)] = stream
-        garbage: ProtocolError | None = None
         try:
             async with asyncio.TaskGroup() as tasks:
                 writer = tasks.create_task(self._write(stream, context))
-                try:
-                    async for data in requests:
-                        self._receive(stream, data)
-                except ProtocolError as error:
-                    garbage = error
-                writer.cancel()
+                stream.reader = tasks.create_task(self._read(stream, requests))
+                stream.reader.add_done_callback(lambda _: writer.cancel())
         except* _STREAM_ERRORS as errors:
             log.warning("xds.stream_failed", proxy=stream.name, error=str(errors.exceptions[0]))
         finally:
             del self._streams[id(stream)]
             self._tell()
         log.info("xds.disconnected", proxy=stream.name)
-        if garbage is not None:
-            log.warning("xds.bad_request", proxy=stream.name, error=str(garbage))
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(garbage))
+        if stream.garbage:
+            log.warning("xds.bad_request", proxy=stream.name, error=stream.garbage)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, stream.garbage)
+
+    async def _read(self, stream: _Stream, requests: AsyncIterator[bytes]) -> None:
+        """Takes requests in until the proxy ends the stream, sends garbage, or `stop` cancels."""
+        try:
+            async for data in requests:
+                self._receive(stream, data)
+        except ProtocolError as error:
+            stream.garbage = str(error)
 
     def _receive(self, stream: _Stream, data: bytes) -> None:
         nack = stream.subscription.receive(parse_request(data))

@@ -32,6 +32,8 @@ class Snapshot:
     virtual_hosts: Mapping[str, Resource]
     retired: Mapping[str, Resource]
     """Clusters published not long ago: a proxy that reconnects may still route to them until it has new routes."""
+    retired_assignments: Mapping[str, Resource]
+    """Theirs: a proxy that was sent a cluster just before it went waits for its endpoints, and answers nothing else."""
     problems: tuple[Problem, ...] = ()
     """Hosts claimed twice."""
     clusters_version: str = ""
@@ -66,8 +68,12 @@ def body_of(resources: Iterable[Resource]) -> bytes:
     return b"".join(r.packed for r in resources)
 
 
-def build(routes: Iterable[RouteResources], retired: Mapping[str, Resource] = EMPTY) -> Snapshot:
-    """The checked snapshot of `routes`. Raises InconsistentError."""
+def build(
+    routes: Iterable[RouteResources],
+    retired: Mapping[str, Resource] = EMPTY,
+    retired_assignments: Mapping[str, Resource] = EMPTY,
+) -> Snapshot:
+    """The checked snapshot of `routes`, and what was published before. Raises InconsistentError."""
     ordered = sorted(routes, key=lambda r: r.route)
     domains, problems = claim_hosts(ordered)
     clusters: dict[str, Resource] = {}
@@ -76,12 +82,12 @@ def build(routes: Iterable[RouteResources], retired: Mapping[str, Resource] = EM
         _merge(clusters, route.clusters, "cluster")
         _merge(assignments, route.assignments, "load assignment")
     hosts = {r.virtual_host.name: with_domains(r.virtual_host, domains[r.route]) for r in ordered if r.route in domains}
-    current = {name: resource for name, resource in retired.items() if name not in clusters}
     snapshot = Snapshot(
         clusters,
         assignments,
         hosts,
-        current,
+        {name: resource for name, resource in retired.items() if name not in clusters},
+        {name: resource for name, resource in retired_assignments.items() if name not in clusters},
         problems,
         clusters_version=version_of(clusters.values()),
         routes_version=version_of(hosts.values()),

@@ -290,10 +290,11 @@ class Subscription:
         return self._has[name].digest if name in self._has else 0
 
     def _due(self, snapshot: Snapshot) -> dict[str, Resource]:
-        """Load assignments to be sent: asked for, and changed since they were sent on this stream."""
+        """Load assignments to be sent: asked for, and changed since they were sent on this stream. A cluster that went
+        while it warms still gets its own: until then the proxy acknowledges no clusters."""
         due = {}
         for name in self._endpoints.names:
-            new = snapshot.assignments.get(name)
+            new = snapshot.assignments.get(name) or snapshot.retired_assignments.get(name)
             if new is not None and (self._digest_had(name) != new.digest or name in self._fresh):
                 due[name] = new
         return dict(sorted(due.items()))
@@ -314,9 +315,10 @@ class Subscription:
 
     def _reachable(self, cluster: str) -> bool:
         """Whether requests may be routed to `cluster` now. A client that asks for clusters by name (gRPC) does so only
-        after it has the routes, so it is not waited for."""
+        after it has the routes, so it is not waited for; a gateway that reconnects while clusters warm asks for routes
+        before clusters, so it is."""
         if not self._clusters.wildcard:
-            return True
+            return not self.gateway
         return cluster in self._clusters.accepted and cluster in self._warm
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
+import signal
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +14,7 @@ import aiohttp
 import pytest
 from envoy_data_plane.envoy.config.cluster.v3 import Cluster
 
+from meshctl.errors import MeshctlError
 from meshctl.model import RouteId, SizeClass
 from meshctl.sim.envoy import EnvoyProcess, gateway
 from tests.harness.envoy import SIZES, Backends, load, plan, request, require_envoy, route_plan, xds_server
@@ -87,6 +90,44 @@ async def test_a_restart_of_the_server_moves_and_resends_nothing(tmp_path: Path)
                         second.apply(plan(route_plan("default/r", {a: 400, b: 600})))
                         await second.wait_synced(SYNC_S)
                 assert outcome.failed == 0, outcome.statuses
+
+
+async def test_an_envoy_that_starts_first_waits_for_its_routes(tmp_path: Path) -> None:
+    """Without a control plane it is not ready, and takes no request that it could only answer 404; then it serves."""
+    async with Backends(1) as backends:
+        (a,) = backends.addresses
+        async with xds_server() as gone:
+            port = gone.port
+        async with (
+            EnvoyProcess(tmp_path, gateway(f"127.0.0.1:{port}", "gw"), wait_ready=False) as envoy,
+            aiohttp.ClientSession() as session,
+        ):
+            with pytest.raises(MeshctlError, match="answers 503"):
+                await envoy.get("/ready")
+            async with xds_server(port) as server:
+                server.apply(plan(route_plan("default/r", {a: 1000})))
+                await envoy.wait_ready()
+                assert await request(session, envoy.url) == (200, a)
+
+
+async def test_an_envoy_that_is_killed_in_mid_push_comes_back(tmp_path: Path) -> None:
+    """Its successor gets everything; the server notices that it went."""
+    async with Backends(2) as backends, xds_server() as server:
+        a, b = backends.addresses
+        server.apply(plan(route_plan("default/r", {a: 1000})))
+        async with EnvoyProcess(tmp_path / "1", gateway(server.address, "gw")) as envoy:
+            await server.wait_synced(SYNC_S)
+            server.apply(plan(route_plan("default/r", {b: 1000}), route_plan("default/s", {b: 1000}, hosts=("s",))))
+            os.kill(envoy.pid, signal.SIGKILL)
+            async with asyncio.timeout(SYNC_S):
+                while server.gateways:
+                    await server.wait_changed()
+        async with (
+            EnvoyProcess(tmp_path / "2", gateway(server.address, "gw")) as again,
+            aiohttp.ClientSession() as session,
+        ):
+            await server.wait_synced(SYNC_S)
+            assert await request(session, again.url) == (200, b)
 
 
 async def test_a_refused_route_goes_back_to_its_last_good_state(tmp_path: Path) -> None:
