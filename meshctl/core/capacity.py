@@ -35,7 +35,8 @@ _NEAR_ONE = math.log(1.07)
 """A profile that is right within this is right: 1.0 exactly."""
 _SLOWDOWN = (0.2, 50.0)
 _FOREIGN_MAX = 0.95
-_FOREIGN_NOTICED = 0.1
+_FOREIGN_NOTICED, _FOREIGN_FORGOTTEN = 0.1, 0.05
+"""Apart, so that a share that wobbles about one of them does not move traffic to and fro."""
 _PRIOR = ServiceProfile(((1.0, 0.010), (2.0, 0.011)))
 """Where no GPU of the route has a profile: the order of magnitude of a small vision model. Observation corrects it."""
 
@@ -79,12 +80,12 @@ def update(
     if frozen:
         return before
     observed = follow(before.observed, _ratio(profile, signals), guard.smoothing_s, _jump(before.observed))
-    foreign = follow(before.foreign, _foreign(signals), guard.smoothing_s, 0.15)
+    foreign = follow(before.foreign, _foreign(signals, guard), guard.smoothing_s, 0.15)
     window = guard.stale_after_s, guard.decay_s
     used = believed(observed, 1.0, now_s, *window)
-    free = 1 - min(believed(foreign, 0.0, now_s, *window), _FOREIGN_MAX)
-    if 1 - free > _FOREIGN_NOTICED:
-        used = max(used, 1 / free)
+    taken = min(believed(foreign, 0.0, now_s, *window), _FOREIGN_MAX)
+    if taken > (_FOREIGN_NOTICED if before.slowdown <= 1 else _FOREIGN_FORGOTTEN):
+        used = max(used, 1 / (1 - taken))
     return Speed(_in_use(before.slowdown, used), observed, foreign)
 
 
@@ -110,16 +111,27 @@ def _ratio(profile: ServiceProfile, signals: EndpointSignals) -> Signal:
     return Signal(min(max(seen.value / expected, _SLOWDOWN[0]), _SLOWDOWN[1]), seen.at_s)
 
 
-def _foreign(signals: EndpointSignals) -> Signal:
+def _foreign(signals: EndpointSignals, guard: Guard) -> Signal:
     """Utilisation less our own busy share, less what their different windows make of our own bursts: the busy share
-    b of a second has a standard deviation of about 0.35 sqrt(b (1 - b)) at these service times."""
-    whole, own = signals.gpu_utilization_ratio, signals.busy_ratio
-    if whole.value is None:
+    b of a second has a standard deviation of about 0.35 sqrt(b (1 - b)) at these service times.
+
+    Absent while our own share is not known as of about the same time: it must never be taken for that of others.
+    """
+    whole, own = signals.gpu_utilization_ratio, _own_busy(signals)
+    if whole.value is None or whole.at_s is None or own.value is None or own.at_s is None:
         return Signal.ABSENT
-    busy = min(max(own.value, 0.0), 1.0) if own.value is not None else 0.0
-    if own.value is None and signals.completed_rps.value:
-        return Signal.ABSENT  # we were busy and do not know how much: nothing can be said of others
+    if whole.at_s - own.at_s > guard.stale_after_s:
+        return Signal.ABSENT
+    busy = min(max(own.value, 0.0), 1.0)
     return Signal(max(0.0, min(whole.value, 1.0) - busy - 0.35 * math.sqrt(busy * (1 - busy))), whole.at_s)
+
+
+def _own_busy(signals: EndpointSignals) -> Signal:
+    """Our own busy share; 0 where it is not measured but nothing ended and nothing waits."""
+    completed = signals.completed_rps
+    if signals.busy_ratio.value is not None or completed.value != 0 or completed.at_s is None:
+        return signals.busy_ratio
+    return Signal.ABSENT if signals.pending.value or signals.proxy_active.value else Signal(0.0, completed.at_s)
 
 
 def explain(endpoint: Endpoint, speed: Speed, signals: EndpointSignals, guard: Guard, now_s: float) -> list[Reason]:
@@ -159,11 +171,12 @@ def _state_reasons(
         case SignalState.FRESH:
             return []
         case SignalState.STALE:
-            code, message = ReasonCode.SIGNAL_STALE, f"its signals are older than {guard.stale_after_s:g} s: held"
+            message = f"its signals are older than {guard.stale_after_s:g} s: decaying to the profile"
+            code = ReasonCode.SIGNAL_STALE
         case SignalState.ABSENT:
             code, message = ReasonCode.SIGNAL_ABSENT, "nothing is measured of it: the profile counts"
         case SignalState.NO_TRAFFIC:
-            code, message = ReasonCode.NO_TRAFFIC, "no request ended in the window: the last estimate is held"
+            code, message = ReasonCode.NO_TRAFFIC, "no request ended in the window: the last estimate, decaying"
     reasons = [Reason(code, endpoint.id, message, inputs)]
     if decayed:
         message = f"not measured for {guard.stale_after_s + guard.decay_s:g} s: back to the profile"

@@ -4,7 +4,7 @@ Observed arrivals per size class are smoothed; a rise of more than half is belie
 when it grows (fast less slow mean: half the growth of the last three time constants), raised by the headroom, and kept
 above 30 % of the capacity, so that a burst onto an idle fleet does not meet weights that serve from one GPU alone. The
 mix blends the declared shares in as 20 requests' worth of prior. Nothing known at all: 70 % of the capacity, a load at
-which the table matters and is stable.
+which the table matters and is stable. Arrivals that are not measured any more are held, then decay to that prior.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from meshctl.core.estimate import Estimate, follow
-from meshctl.model import DEFAULT_CLASS, Guard, Input, Reason, ReasonCode, RouteSignals, RouteSpec, Signal
+from meshctl.core.estimate import Estimate, believed, follow
+from meshctl.model import DEFAULT_CLASS, Input, Reason, ReasonCode, RouteSignals, RouteSpec, Signal, SignalState
 
 _PRIOR_REQUESTS = 20.0
 _FLOOR, _UNKNOWN = 0.3, 0.7
@@ -36,19 +36,28 @@ class Arrivals:
         return Estimate(sum(e.value for e in self.rates.values()), max(e.at_s for e in self.rates.values()))
 
 
-def update(before: Arrivals, signals: RouteSignals, guard: Guard) -> Arrivals:
-    """`before` after one look at the counters. The same object when they say nothing new."""
-    rates = dict(before.rates)
-    for name, signal in sorted(signals.arrivals_rps.items()):
-        old = rates.get(name)
+def update(before: Arrivals, signals: RouteSignals, spec: RouteSpec) -> Arrivals:
+    """`before` after one look at the counters. The same object when they say nothing new.
+
+    Only the route's own size classes count: one that was renamed would stay in the total for ever.
+    """
+    guard, rates = spec.guard, {}
+    for name in sorted({*(c.name for c in spec.sizes), DEFAULT_CLASS}):
+        old, signal = before.rates.get(name), _not_negative(signals.arrivals_rps.get(name, Signal.ABSENT))
         new = follow(old, signal, guard.smoothing_s, max(10.0, 0.5 * old.value) if old is not None else 0.0)
         if new is not None:
             rates[name] = new
     if rates == before.rates:
         return before
+    if not rates:
+        return Arrivals()
     total = sum(e.value for e in rates.values())
     slow = follow(before.slow, Signal(total, max(e.at_s for e in rates.values())), 4 * guard.smoothing_s)
     return Arrivals(rates, slow)
+
+
+def _not_negative(signal: Signal) -> Signal:
+    return Signal(0.0, signal.at_s) if signal.value is not None and signal.value < 0 else signal
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,32 +70,38 @@ class Forecast:
     """False: neither observed nor declared, so it says nothing about whether the SLO can be met."""
 
 
-def forecast(spec: RouteSpec, arrivals: Arrivals, capacity_rps: float) -> Forecast:
+def forecast(spec: RouteSpec, arrivals: Arrivals, capacity_rps: float, now_s: float) -> Forecast:
     """The demand to solve for; `capacity_rps` is the fleet's, for the declared mix."""
     total = arrivals.total
     floor = _FLOOR * capacity_rps
     subject = str(spec.id)
+    declared, headroom = spec.expected_load_rps, 1 + spec.guard.headroom_ratio
+    prior = declared * headroom if declared else _UNKNOWN * capacity_rps
+    stale: tuple[Reason, ...] = ()
     if total is not None:
         growth = 0.5 * max(0.0, total.value - (arrivals.slow.value if arrivals.slow else total.value))
-        asked = (total.value + growth) * (1 + spec.guard.headroom_ratio)
+        asked = Estimate(max((total.value + growth) * headroom, floor), total.at_s)
+        load = believed(asked, prior, now_s, spec.guard.stale_after_s, spec.guard.decay_s)
         seen: tuple[Input, ...] = (
             Input("observed", total.value, "requests/s", total.at_s),
             Input("growth", growth, "requests/s"),
             Input("headroom", spec.guard.headroom_ratio, "ratio"),
             Input("least", floor, "requests/s"),
         )
-        load = max(asked, floor)
         reason = Reason(ReasonCode.LOAD_OBSERVED, subject, f"solved for {load:.1f} requests/s", seen)
+        if now_s - total.at_s > spec.guard.stale_after_s:
+            old = (Input("observed", total.value, "requests/s", total.at_s, SignalState.STALE),)
+            message = f"arrivals are not measured any more: decaying to the prior, {prior:.1f} requests/s"
+            stale = (Reason(ReasonCode.SIGNAL_STALE, subject, message, old),)
     else:
-        declared = spec.expected_load_rps
-        load = (declared or _UNKNOWN * capacity_rps) * (1 + spec.guard.headroom_ratio if declared else 1)
+        load = prior
         inputs = (Input("declared", declared, "requests/s"), Input("capacity", capacity_rps, "requests/s"))
         what = "the declared load" if declared else f"no load known: {_UNKNOWN:.0%} of the capacity"
         reason = Reason(ReasonCode.LOAD_DECLARED, subject, f"{what}, {load:.1f} requests/s", inputs)
     shares, mix = _mix(spec, arrivals)
     return Forecast(
         {name: load * share for name, share in shares.items()},
-        (reason, mix),
+        (reason, *stale, mix),
         total is not None or spec.expected_load_rps is not None,
     )
 

@@ -40,7 +40,8 @@ _PENALTY = 200.0
 _COLD, _WARM = (1e-3, 1e-4, 3e-5), (1e-4,)
 """Tolerances of the descents: the first ones only find the table whose dispersion the next ones use."""
 _SMALL = 5e-3
-"""Shares below this are dropped: they cost an endpoint a schedule slot and move no measurable traffic."""
+"""Shares below this are dropped: they cost an endpoint a schedule slot and move no measurable traffic. Unless they are
+more than a tenth of the class's part of the capacity: a few slow ones among a thousand endpoints have no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,9 @@ def balanced(fleet: Fleet, demand: Demand, slo_s: float, gateways: int, warm: Ar
     """The attainment-balanced table; see the module's docstring. A size class without traffic gets the mean of the
     others, weighted by their rates, as its own shares would be arbitrary."""
     busy = demand.rates > 0
-    if not busy.all() and busy.any():
+    if not busy.any():
+        return evaluate(fleet, demand, slo_s, gateways, equal_mix(fleet, demand))
+    if not busy.all():
         part = Demand(demand.rates[busy], demand.kinds[busy])
         table = balanced(fleet, part, slo_s, gateways, None if warm is None else np.compress(busy, warm, axis=0))
         shares = np.tile(part.rates / part.rates.sum() @ table.shares, (len(busy), 1))
@@ -150,7 +153,7 @@ def balanced(fleet: Fleet, demand: Demand, slo_s: float, gateways: int, warm: Ar
         evaluations += used
         if np.abs(shares - before).max() < _SMALL:
             break
-    shares = np.where(shares < _SMALL, 0, shares)
+    shares = np.where(shares < np.minimum(_SMALL, 0.1 * equal_mix(fleet, demand)), 0, shares)
     shares /= shares.sum(axis=1, keepdims=True)
     return evaluate(fleet, demand, slo_s, gateways, shares, evaluations)
 
