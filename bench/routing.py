@@ -33,21 +33,30 @@ from bench.report import Figure, JsonOption, Report, at_least, progress
 from meshctl.cli.output import console
 from meshctl.controller.views import RouteView
 from meshctl.errors import InputError, MeshctlError
+from meshctl.sim.children import until_signal
 from meshctl.sim.envoy import Balancing
 from meshctl.sim.faults import Faults
 from meshctl.sim.load import allow_many_connections, calm_gc
 from meshctl.sim.reference import capacity_rps
-from meshctl.sim.versus import LAG_LIMIT_MS, MESHCTL, Measured, Stand, endpoint_of, ratio, stand, weights_of
+from meshctl.sim.versus import (
+    LAG_LIMIT_MS,
+    MESHCTL,
+    REACTED,
+    SETTLE_SEED,
+    Measured,
+    Stand,
+    endpoint_of,
+    part_of,
+    ratio,
+    stand,
+)
 
 SLOW_LOAD, SLOW_FACTOR = 0.75, 2.0
 LOADS = (0.60, 0.75, 0.80, 0.85, 0.95)
 GATEWAYS = (1, 16)
-REACTED = 0.9
-"""The loop has reacted when the slow server's part of all weights is below this much of what it was."""
 REACT_LIMIT_S = 60.0
 _TRIES = 3
 _POLL_S = 0.1
-_SETTLE_SEED = 10_000
 
 
 class Part(StrEnum):
@@ -73,7 +82,9 @@ def main(
     if Part.REAL in parts or Part.SLOW in parts:
         allow_many_connections()
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(_real(report, parts, load, seconds, found, peers=peers))
+            ended = runner.run(until_signal(_real(report, parts, load, seconds, found, peers=peers)))
+        if ended is not None:
+            raise typer.Exit(128 + ended)
     if Part.TABLES in parts:
         _tables(report, found, quick=quick)
     if Part.TABLES in parts and not as_json:
@@ -114,7 +125,7 @@ async def _compare(
     for seed in seeds:
         for policy in policies:
             if policy == MESHCTL:
-                settled.append(await made.settle(seed + _SETTLE_SEED))
+                settled.append(await made.settle(seed + SETTLE_SEED))
             progress(f"seed {seed}: {policy}, {seconds:g} s")
             runs[policy].append(await _measure(made, policy, seed, seconds))
     view = await made.route()
@@ -136,11 +147,11 @@ async def _measure(made: Stand, policy: str, seed: int, seconds: float) -> Measu
     found: list[Measured] = []
     for _ in range(_TRIES):
         found.append(await made.measure(policy, seed, seconds))
-        if found[-1].valid:
-            break
+        if found[-1].valid or policy not in (MESHCTL, Balancing.ISTIO_DEFAULT):
+            break  # of an unstable peer nothing is expected: its queues fill the generator too
         progress(f"{policy}: the generator was {found[-1].send_lag_p99_ms} ms late (p99); limit {LAG_LIMIT_MS:g} ms")
         if policy == MESHCTL:
-            await made.settle(seed + _SETTLE_SEED)
+            await made.settle(seed + SETTLE_SEED)
     return min(found, key=_lag)
 
 
@@ -193,7 +204,7 @@ def _weights(view: RouteView) -> dict[str, Any]:
 
 async def _slow(report: Report, made: Stand, seconds: float, seeds: Sequence[int]) -> None:
     server = made.servers("V100")[0]
-    endpoint, slow, settling = endpoint_of(server), Faults(slow=SLOW_FACTOR), seeds[0] + _SETTLE_SEED
+    endpoint, slow, settling = endpoint_of(server), Faults(slow=SLOW_FACTOR), seeds[0] + SETTLE_SEED
     progress("one V100 twice as slow: weights held, as if no metric had arrived")
     await made.settle(settling)
     made.write_manifests(suspend=True)
@@ -206,10 +217,10 @@ async def _slow(report: Report, made: Stand, seconds: float, seeds: Sequence[int
     async with made.loaded(MESHCTL, settling):
         await made.settled()
         progress("one V100 twice as slow: the loop reacts")
-        before = _part(await made.route(), endpoint)
+        before = part_of(await made.route(), endpoint)
         await made.set_faults(server, slow)
         start_s = time.monotonic()
-        await _until(made, "the slow server loses weight", lambda view: _part(view, endpoint) < REACTED * before)
+        await _until(made, "the slow server loses weight", lambda view: part_of(view, endpoint) < REACTED * before)
         reacted_s = time.monotonic() - start_s
         settled_s = await made.settled()
     known = [await _measure(made, MESHCTL, seed, seconds) for seed in seeds]
@@ -223,20 +234,12 @@ async def _slow(report: Report, made: Stand, seconds: float, seeds: Sequence[int
         "weights": _weights(view),
     }
     where = f"{SLOW_LOAD:.0%} load, {made.data_plane}, GPUs simulated"
-    moved = f"its part of all weights {before:.1%} -> {_part(view, endpoint):.1%}"
+    moved = f"its part of all weights {before:.1%} -> {part_of(view, endpoint):.1%}"
     report.add(
         _mean("one V100 x2 slow, unnoticed: goodput", [_percent(run.goodput) for run in stale], "%", where, 98),
         _mean("one V100 x2 slow, known: goodput", [_percent(run.goodput) for run in known], "%", where, 99.5),
         Figure("one V100 x2 slow: until the weights move", reacted_s, "s", None, moved),
     )
-
-
-def _part(view: RouteView, endpoint: str) -> float:
-    """The endpoint's part of all weights of the declared size classes, 0..1."""
-    table = weights_of(view)
-    sizes = [size.size for size in view.sizes if size.min_batch is not None]
-    total = sum(row[size] for row in table.values() for size in sizes)
-    return sum(table[endpoint][size] for size in sizes) / max(total, 1)
 
 
 async def _until(made: Stand, what: str, holds: Any) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,8 +12,6 @@ from meshctl.errors import InputError, MeshctlError
 from meshctl.sim.versus import Signals
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable
-
     from rich.table import Table
 
     from meshctl.sim.demo import Comparison
@@ -41,26 +38,15 @@ def demo(
         raise InputError(f"--seconds must be more than 0, not {seconds:g}")
     import uvloop
 
+    from meshctl.sim.children import until_signal
+
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(_until_signal(_once(as_json, load, seconds or 30.0, seed, signals)))
-
-
-async def _until_signal(work: Awaitable[None]) -> None:
-    """`work`, cancelled by the first SIGINT or SIGTERM; what it started is ended before this returns."""
-    task = asyncio.ensure_future(work)
-    received: list[int] = []
-
-    def end(number: int) -> None:
-        if not received:  # a second one must not interrupt the clean-up, each step of which is limited
-            task.cancel()
-        received.append(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, end, number)
-    try:
-        await task
-    except asyncio.CancelledError:
-        raise MeshctlError(f"interrupted by {signal.Signals(received[0]).name}: nothing was measured") from None
+        if once:
+            ended = runner.run(until_signal(_once(as_json, load, seconds or 30.0, seed, signals)))
+            if ended is not None:
+                raise MeshctlError(f"interrupted by {ended.name}: nothing was measured")
+        else:
+            runner.run(until_signal(_live(load, seconds or 15.0, seed, signals)))
 
 
 def _say(text: str) -> None:
@@ -84,6 +70,30 @@ async def _once(as_json: bool, load: float, seconds: float, seed: int, signals: 
             emit(found.as_dict(), Output.JSON if as_json else Output.TABLE, lambda: _table(found))
 
         await made.run(work())
+
+
+async def _live(load: float, seconds: float, seed: int, signals: Signals) -> None:
+    from rich.live import Live
+
+    from meshctl.cli.demo_view import View
+    from meshctl.cli.output import console
+    from meshctl.sim.demo import Show
+    from meshctl.sim.load import allow_many_connections, calm_gc
+    from meshctl.sim.reference import capacity_rps
+    from meshctl.sim.versus import stand
+
+    allow_many_connections()
+    screen = console()
+    async with stand(load * capacity_rps(), signals=signals, say=_say) as made:
+        calm_gc()
+        if not screen.is_terminal:
+            await made.run(Show(made, seconds, seed, lambda _: None, screen.print).run())
+            return
+        view = View(made, load, signals, screen)
+        with Live(view, console=screen, screen=True, auto_refresh=False) as live:
+            show = Show(made, seconds, seed, lambda _: live.refresh(), lambda _: None)
+            view.scene = show.scene
+            await made.run(show.run())
 
 
 def _table(found: Comparison) -> Table:

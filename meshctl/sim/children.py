@@ -190,6 +190,27 @@ async def unless_ended(work: Awaitable[None], *watched: Callable[[], Awaitable[s
         await asyncio.gather(task, *ends, return_exceptions=True)
 
 
+async def until_signal(work: Awaitable[None]) -> signal.Signals | None:
+    """`work`, or the SIGINT or SIGTERM that cancelled it; what it started is ended before this returns."""
+    task = asyncio.ensure_future(work)
+    received: list[int] = []
+
+    def end(number: int) -> None:
+        if not received:  # a second one must not interrupt the clean-up, each step of which is limited
+            task.cancel()
+        received.append(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, end, number)
+    try:
+        await task
+    except asyncio.CancelledError:
+        if not received:
+            raise
+        return signal.Signals(received[0])
+    return None
+
+
 def _scrapes(jobs: Mapping[str, Sequence[str]]) -> dict[str, object]:
     return {
         "global": {"scrape_interval": "1s", "scrape_timeout": "1s"},

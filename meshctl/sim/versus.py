@@ -20,7 +20,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from meshctl.controller.views import RouteView
-from meshctl.errors import MeshctlError
 from meshctl.model import ReasonCode
 from meshctl.sim.children import Controller, Prometheus, prometheus_binary, unless_ended
 from meshctl.sim.envoy import Balancing, EnvoyProcess, balanced, free_port, gateway
@@ -37,7 +36,11 @@ WARMUP_S = 5.0
 SETTLED_S = 4.0
 """Weights that stay this long under load, four ticks of the loop, have settled."""
 SETTLE_LIMIT_S = 60.0
+REACTED = 0.9
+"""The loop has reacted when a slow server's part of all weights is below this much of what it was."""
 _LOOK_S = 0.25
+SETTLE_SEED = 10_000
+"""Added to the seed for load that is not measured."""
 _ROUTE_ID = f"default/{ROUTE}"
 _MOVING = {ReasonCode.STEP_LIMITED, ReasonCode.DWELL}
 
@@ -168,6 +171,14 @@ def weights_of(view: RouteView) -> dict[str, dict[str, int]]:
     return {e.endpoint: dict(e.weights) for e in view.endpoints}
 
 
+def part_of(view: RouteView, endpoint: str) -> float:
+    """The endpoint's part of all weights of the declared size classes, 0..1."""
+    table = weights_of(view)
+    sizes = [size.size for size in view.sizes if size.min_batch is not None]
+    total = sum(row[size] for row in table.values() for size in sizes)
+    return sum(table[endpoint][size] for size in sizes) / max(total, 1)
+
+
 def endpoint_of(server: ServerInfo) -> str:
     """How the controller names a server."""
     return f"{server.address}:{server.port}"
@@ -220,10 +231,3 @@ async def stand(
 def ratio(worse: float | None, better: float | None) -> float | None:
     """How many times as long; None without both."""
     return round(worse / better, 2) if worse and better else None
-
-
-def check_lag(measured: Measured) -> None:
-    """Raises MeshctlError when the generator measured itself."""
-    if not measured.valid:
-        lag = measured.send_lag_p99_ms
-        raise MeshctlError(f"{measured.name}: the load generator was {lag} ms late (p99): this machine is too busy")
