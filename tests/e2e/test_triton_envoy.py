@@ -75,7 +75,7 @@ async def mesh(tmp_path: Path, weights: Sequence[int]) -> AsyncIterator[Mesh]:
 
 
 async def test_arrivals_and_ends_are_what_was_sent(tmp_path: Path) -> None:
-    """30 small and 10 large requests at 3:1: arrivals 3:1 by size, ends 3:1 by endpoint, and what Triton completed."""
+    """30 small and 10 large requests at 3:1: arrivals by size, ends by endpoint, and what each Triton completed."""
     async with mesh(tmp_path, (750, 250)) as of:
         source = ScrapeSignals(MonotonicClock(), 60.0, timeout_s=20.0)
         await of.poll(source)
@@ -88,7 +88,9 @@ async def test_arrivals_and_ends_are_what_was_sent(tmp_path: Path) -> None:
         assert large == pytest.approx(small / 3)
         assert found.arrivals_rps["default"].value == 0.0
         one, two = (found.endpoints[EndpointId(t.address)] for t in of.tritons)
-        assert one.proxy_rps.value == pytest.approx(3 * (two.proxy_rps.value or 0))
+        ends = [one.proxy_rps.value or 0, two.proxy_rps.value or 0]
+        assert sum(ends) == pytest.approx(small + large)
+        assert ends[0] == pytest.approx(3 * ends[1], rel=0.4), "10 at 3:1 is 7:3 or 8:2"
         for seen in (one, two):
             assert seen.completed_rps.value == pytest.approx(seen.proxy_rps.value, rel=0.2)
             assert seen.proxy_failed_rps.value == 0.0

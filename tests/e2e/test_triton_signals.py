@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import aiohttp
@@ -163,33 +163,30 @@ async def test_busy_counts_a_dynamic_batch_once(tmp_path: Path) -> None:
     """Requests that Triton runs together are each credited the whole time: busy is the time of the executions."""
     together = TritonModel(base_s=0.1, per_item_s=0.0, dynamic_batching=True)
     async with TritonProcess(tmp_path, together) as triton:
-        source, of = scrape(), route(endpoint(triton))
+        # Said to be eight servers, so that the limit of 1 is far from both what is right and what would be wrong.
+        source, of = scrape(), route(replace(endpoint(triton), concurrency=8))
         await seen(source, of)
-        began_s = time.monotonic()
         for _ in range(5):
             async with in_flight(triton, 8):
                 pass
-        seconds = time.monotonic() - began_s
         found = await seen(source, of)
         await source.stop()
     assert found.completed_rps.value is not None
-    assert found.completed_rps.value * 0.1 > 1.5, "more work is credited than one server has time for"
+    credited = found.completed_rps.value * 0.1
+    assert credited > 1.5, "more work is credited than one server has time for"
     assert found.busy_ratio.value is not None
-    assert found.busy_ratio.value < 1.0
-    assert found.busy_ratio.value == pytest.approx(10 * 0.1 / seconds, rel=0.5)
+    assert 0 < 8 * found.busy_ratio.value < 1.1 < credited
 
 
 async def test_instances_share_the_load(tmp_path: Path) -> None:
     """Two instances serve two requests at once; busy is per instance."""
     pair = TritonModel(base_s=0.05, per_item_s=0.0, instances=2)
     async with TritonProcess(tmp_path, pair) as triton:
-        alone, shared = endpoint(triton), endpoint(triton)
-        source = scrape()
-        of = route(Endpoint(alone.id, alone.address, alone.port, "cpu", alone.metrics, concurrency=2))
+        source, of = scrape(), route(replace(endpoint(triton), concurrency=2))
         await seen(source, of)
         await send(triton, [1] * 20)
         two = await seen(source, of)
-        one = await seen(source, route(shared))
+        one = await seen(source, route(endpoint(triton)))
         await source.stop()
     assert two.busy_ratio.value is not None
     assert one.busy_ratio.value == pytest.approx(2 * two.busy_ratio.value, rel=0.2)
