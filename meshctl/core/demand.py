@@ -1,8 +1,8 @@
 """How much is asked, and of what size: the forecast the weights are solved for.
 
 Observed arrivals per size class are smoothed; a rise of more than half is believed at once. The total is extrapolated
-when it grows (fast less slow mean: half the growth of the last three time constants), raised by the headroom, and kept
-above 30 % of the capacity, so that a burst onto an idle fleet does not meet weights that serve from one GPU alone. The
+when it grows (fast less slow mean, which is the growth of one time constant), raised by the headroom, and kept above
+30 % of the capacity, so that a burst onto an idle fleet does not meet weights that serve from one GPU alone. The
 mix blends the declared shares in as 20 requests' worth of prior. Nothing known at all: 70 % of the capacity, a load at
 which the table matters and is stable. Arrivals that are not measured any more are held, then decay to that prior.
 """
@@ -18,6 +18,10 @@ from meshctl.model import DEFAULT_CLASS, Input, Reason, ReasonCode, RouteSignals
 
 _PRIOR_REQUESTS = 20.0
 _FLOOR, _UNKNOWN = 0.3, 0.7
+_MOST_GROWTH = 0.1
+"""Growth is extrapolated by no more than this: the next decision is a second away, and a table for 20 % more than is
+asked sends large batches to GPUs that need not take them."""
+_MOST_RPS = 1e9
 _DEFAULT_NOTICED = 0.005
 """Requests without a usable size count as a class of their own from this share on."""
 
@@ -43,7 +47,7 @@ def update(before: Arrivals, signals: RouteSignals, spec: RouteSpec) -> Arrivals
     """
     guard, rates = spec.guard, {}
     for name in sorted({*(c.name for c in spec.sizes), DEFAULT_CLASS}):
-        old, signal = before.rates.get(name), _not_negative(signals.arrivals_rps.get(name, Signal.ABSENT))
+        old, signal = before.rates.get(name), _possible(signals.arrivals_rps.get(name, Signal.ABSENT))
         new = follow(old, signal, guard.smoothing_s, max(10.0, 0.5 * old.value) if old is not None else 0.0)
         if new is not None:
             rates[name] = new
@@ -52,12 +56,17 @@ def update(before: Arrivals, signals: RouteSignals, spec: RouteSpec) -> Arrivals
     if not rates:
         return Arrivals()
     total = sum(e.value for e in rates.values())
-    slow = follow(before.slow, Signal(total, max(e.at_s for e in rates.values())), 4 * guard.smoothing_s)
+    at_s = max(e.at_s for e in rates.values())
+    jump = 0.5 * before.slow.value if before.slow is not None else 0.0  # traffic that sets in is no trend
+    slow = follow(before.slow, Signal(total, at_s), 2 * guard.smoothing_s, jump)
     return Arrivals(rates, slow)
 
 
-def _not_negative(signal: Signal) -> Signal:
-    return Signal(0.0, signal.at_s) if signal.value is not None and signal.value < 0 else signal
+def _possible(signal: Signal) -> Signal:
+    """In range: a sum of believable rates must not overflow."""
+    if signal.value is None or 0 <= signal.value <= _MOST_RPS:
+        return signal
+    return Signal(min(max(signal.value, 0.0), _MOST_RPS), signal.at_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +88,8 @@ def forecast(spec: RouteSpec, arrivals: Arrivals, capacity_rps: float, now_s: fl
     prior = declared * headroom if declared else _UNKNOWN * capacity_rps
     stale: tuple[Reason, ...] = ()
     if total is not None:
-        growth = 0.5 * max(0.0, total.value - (arrivals.slow.value if arrivals.slow else total.value))
+        growth = max(0.0, total.value - (arrivals.slow.value if arrivals.slow else total.value))
+        growth = min(growth, _MOST_GROWTH * total.value)
         asked = Estimate(max((total.value + growth) * headroom, floor), total.at_s)
         load = believed(asked, prior, now_s, spec.guard.stale_after_s, spec.guard.decay_s)
         seen: tuple[Input, ...] = (
