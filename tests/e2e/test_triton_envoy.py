@@ -82,8 +82,7 @@ async def test_arrivals_and_ends_are_what_was_sent(tmp_path: Path) -> None:
         assert set(await of.send(30, 1) + await of.send(10, 64)) == {200}
         found = await of.poll(source)
         await source.stop()
-        small, large = (found.arrivals_rps[size].value for size in ("small", "large"))
-        assert small is not None
+        small, large = (found.arrivals_rps[size].value or 0 for size in ("small", "large"))
         assert small > 0
         assert large == pytest.approx(small / 3)
         assert found.arrivals_rps["default"].value == 0.0
@@ -102,18 +101,27 @@ async def test_a_hung_triton_shows_at_the_proxy_alone(tmp_path: Path) -> None:
     async with mesh(tmp_path, (500, 500)) as of:
         source = ScrapeSignals(MonotonicClock(), 60.0, timeout_s=1.0)
         await of.send(4, 1)
-        before = await of.poll(source)
+        await of.poll(source)
         of.tritons[0].freeze()
         sending = [asyncio.create_task(of.send(1, 1)) for _ in range(10)]
         hung, healthy = (EndpointId(t.address) for t in of.tritons)
 
         async def some_hang() -> bool:
-            return (await of.poll(source)).endpoints[hung].proxy_active.value in (3.0, 4.0, 5.0, 6.0, 7.0)
+            return ((await of.poll(source)).endpoints[hung].proxy_active.value or 0) > 0
 
-        await until(some_hang, "about half of ten requests hang")
+        await until(some_hang, "some of ten requests hang")
+        held = await of.poll(source)
+
+        async def its_signals_age() -> bool:
+            """A page may still be under way when the process is stopped: what stays is what comes after."""
+            nonlocal held
+            before, held = held, await of.poll(source)
+            return held.endpoints[hung].pending == before.endpoints[hung].pending
+
+        await until(its_signals_age, "the hung server's signals stay as they are")
         found = await of.poll(source)
-        assert found.endpoints[hung].pending == before.endpoints[hung].pending
-        assert found.endpoints[healthy].pending.at_s != before.endpoints[healthy].pending.at_s
+        assert found.endpoints[hung].pending == held.endpoints[hung].pending
+        assert found.endpoints[healthy].pending.at_s != held.endpoints[healthy].pending.at_s
         of.tritons[0].thaw()
         assert len(await asyncio.gather(*sending)) == 10, "answered in the end, well or ill"
         await source.stop()
