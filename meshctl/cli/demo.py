@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from meshctl.errors import InputError, MeshctlError
-from meshctl.sim.versus import Signals
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from meshctl.sim.demo import Comparison
+
+
+class Signals(StrEnum):
+    """Where the controller takes its signals from."""
+
+    SCRAPE = "scrape"
+    PROMETHEUS = "prometheus"
 
 
 def demo(
@@ -62,11 +69,11 @@ async def _once(as_json: bool, load: float, seconds: float, seed: int, signals: 
     from meshctl.sim.versus import stand
 
     allow_many_connections()
-    async with stand(load * capacity_rps(), signals=signals, say=_say) as made:
+    async with stand(load * capacity_rps(), with_prometheus=signals is Signals.PROMETHEUS, say=_say) as made:
         calm_gc()
 
         async def work() -> None:
-            found = await compare(made, signals, seconds, seed, _say)
+            found = await compare(made, signals.value, seconds, seed, _say)
             emit(found.as_dict(), Output.JSON if as_json else Output.TABLE, lambda: _table(found))
 
         await made.run(work())
@@ -84,12 +91,12 @@ async def _live(load: float, seconds: float, seed: int, signals: Signals) -> Non
 
     allow_many_connections()
     screen = console()
-    async with stand(load * capacity_rps(), signals=signals, say=_say) as made:
+    async with stand(load * capacity_rps(), with_prometheus=signals is Signals.PROMETHEUS, say=_say) as made:
         calm_gc()
         if not screen.is_terminal:
             await made.run(Show(made, seconds, seed, lambda _: None, screen.print).run())
             return
-        view = View(made, load, signals, screen)
+        view = View(made, load, signals.value, screen)
         with Live(view, console=screen, screen=True, auto_refresh=False) as live:
             show = Show(made, seconds, seed, lambda _: live.refresh(), lambda _: None)
             view.scene = show.scene

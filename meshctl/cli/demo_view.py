@@ -16,7 +16,7 @@ from rich.text import Text
 from meshctl.controller.views import EndpointView
 from meshctl.sim.demo import AFTER, BEFORE, Scene, why
 from meshctl.sim.reference import SLO_S
-from meshctl.sim.versus import Measured, Signals, Stand
+from meshctl.sim.versus import Measured, Stand
 
 _FIXED_LINES = 20
 """All but the events."""
@@ -29,7 +29,7 @@ _COLOURS = {BEFORE: "red", AFTER: "green"}
 class View:
     """Draws a Scene; rich asks for it at each refresh."""
 
-    def __init__(self, stand: Stand, load: float, signals: Signals, console: Console) -> None:
+    def __init__(self, stand: Stand, load: float, signals: str, console: Console) -> None:
         self.scene = Scene()
         self._stand, self._load, self._signals, self._console = stand, load, signals, console
 
@@ -49,10 +49,13 @@ class View:
             return [f"[bold]meshctl demo[/]  {fleet}", "starting"]
         state = f"[red]{scene.fault}[/]" if scene.fault else "all GPUs well"
         phase = f"[bold {_COLOURS[scene.policy]}]{scene.policy}[/]"
-        parts = f"{self._stand.data_plane}, signals: {self._signals.value}"
+        parts = f"{self._stand.data_plane}, {self._signals}"
         return [
             f"[bold]meshctl demo[/]  {fleet}",
-            f"[dim]{parts}[/]  round {scene.round}: {phase}, {state}, {scene.left_s:.0f} s",
+            Text.from_markup(
+                f"round {scene.round}: {phase}, {state}, {scene.left_s:.0f} s  [dim]{parts}[/]",
+                overflow="ellipsis",
+            ),
         ]
 
     def _fleet(self, width: int) -> RenderableType:

@@ -26,7 +26,6 @@ from meshctl.sim.versus import (
     SETTLE_SEED,
     Measured,
     Say,
-    Signals,
     Stand,
     endpoint_of,
     part_of,
@@ -49,7 +48,8 @@ class Comparison:
     before: Measured
     after: Measured
     data_plane: str
-    signals: Signals
+    signals: str
+    """scrape or prometheus."""
     seed: int
     load_rps: float
     settled_s: float | None
@@ -60,7 +60,7 @@ class Comparison:
             "policies": [asdict(self.before), asdict(self.after)],
             "p99_ratio": ratio(self.before.p99_ms, self.after.p99_ms),
             "data_plane": self.data_plane,
-            "signals": self.signals.value,
+            "signals": self.signals,
             "seed": self.seed,
             "load_rps": round(self.load_rps, 1),
             "settled_s": self.settled_s,
@@ -68,7 +68,7 @@ class Comparison:
         }
 
 
-async def compare(stand: Stand, signals: Signals, seconds: float, seed: int, say: Say) -> Comparison:
+async def compare(stand: Stand, signals: str, seconds: float, seed: int, say: Say) -> Comparison:
     """Measure both, one after the other, each on a drained fleet."""
     say(f"{BEFORE}: {seconds:g} s at {stand.rate_rps:.0f} requests/s")
     before = await stand.measure(BEFORE, seed, seconds)
@@ -87,7 +87,7 @@ async def compare(stand: Stand, signals: Signals, seconds: float, seed: int, say
 
 FAULTS = (
     ("a V100 takes twice as long", Faults(slow=2.0)),
-    ("another tenant takes half of a V100", Faults(foreign_ratio=0.5)),
+    ("another tenant takes half a V100", Faults(foreign_ratio=0.5)),
 )
 """What goes wrong, one per round, and in which words."""
 
@@ -139,7 +139,7 @@ class Show:
             before = part_of(await self._stand.route(), endpoint_of(server))
             await self._stand.set_faults(server, faults)
             scene.fault, scene.sick = words, endpoint_of(server)
-            self._event(f"{words}: {scene.sick}, which has {before:.1%} of all weights")
+            self._event(f"{words} ({scene.sick}, {before:.1%} of all weights)")
             self._reaction = time.monotonic(), before
             await self._phase(AFTER, load)
             self._reaction = None

@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
-from enum import StrEnum
 from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -45,13 +44,6 @@ _ROUTE_ID = f"default/{ROUTE}"
 _MOVING = {ReasonCode.STEP_LIMITED, ReasonCode.DWELL}
 
 Say = Callable[[str], None]
-
-
-class Signals(StrEnum):
-    """Where the controller takes its signals from."""
-
-    SCRAPE = "scrape"
-    PROMETHEUS = "prometheus"
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,12 +185,12 @@ def _at_rest(view: RouteView) -> bool:
 async def stand(
     rate_rps: float,
     *,
-    signals: Signals = Signals.SCRAPE,
+    with_prometheus: bool = False,
     peers: Sequence[Balancing] = (Balancing.ISTIO_DEFAULT,),
     say: Say = lambda _: None,
 ) -> AsyncIterator[Stand]:
     """Everything started, in a directory that goes with it. Raises MeshctlError with the log of what did not start."""
-    if signals is Signals.PROMETHEUS:
+    if with_prometheus:
         prometheus_binary()  # say what is missing before anything starts
     async with AsyncExitStack() as stack:
         root = Path(stack.enter_context(TemporaryDirectory(prefix="meshctl-demo-")))
@@ -209,7 +201,7 @@ async def stand(
         manifest = directory / "reference.yaml"
         manifest.write_text(manifests(fleet.info.servers))
         say("starting the controller and the Envoys")
-        prometheus = f"127.0.0.1:{free_port()}" if signals is Signals.PROMETHEUS else None
+        prometheus = f"127.0.0.1:{free_port()}" if with_prometheus else None
         url = f"http://{prometheus}" if prometheus else None
         controller = await stack.enter_async_context(Controller(root, directory, url))
         addresses = [endpoint_of(server) for server in fleet.info.servers]
