@@ -213,7 +213,6 @@ class Subscription:
         clusters, routes, endpoints = self._clusters, self._routes, self._endpoints
         if clusters.claimed and clusters.wildcard and clusters.claimed == snapshot.clusters_version:
             clusters.accepted, clusters.accepted_version = snapshot.clusters, snapshot.clusters_version
-            self._returning = False
         if routes.claimed and routes.claimed == snapshot.routes_version:
             routes.accepted, routes.accepted_version = snapshot.virtual_hosts, snapshot.routes_version
             self._returning = False
@@ -261,9 +260,11 @@ class Subscription:
 
     def _routed(self, snapshot: Snapshot) -> Mapping[str, Resource]:
         """Clusters beyond the snapshot's that the proxy's routes may name: of those it has, the ones named by routes it
-        accepted or was sent; while it has the routes of an earlier stream, any that were published not long ago."""
+        accepted or was sent; while it has the routes of an earlier stream, all of them; and where even what it has is
+        unknown, any that were published not long ago."""
         if self._returning:
-            return snapshot.retired
+            had = self._clusters.accepted
+            return had if self._clusters.accepted_version else {**snapshot.retired, **had}
         routes, held = self._routes, self._clusters.accepted
         if routes.flight is None and routes.accepted_version == snapshot.routes_version:
             return EMPTY
