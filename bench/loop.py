@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
@@ -124,7 +125,7 @@ async def _reactions(made: Stand, repeats: int) -> list[float]:
     return times
 
 
-def _taking_part(made: Stand, weights: Mapping[str, int]) -> list[ServerInfo]:
+def _taking_part(made: Stand, weights: Counter[str]) -> list[ServerInfo]:
     """The servers, those with the largest weights first: one that gets next to nothing has nothing to lose."""
     return sorted(made.fleet.info.servers, key=lambda server: (-weights[endpoint_of(server)], server.name))
 
@@ -143,15 +144,15 @@ async def _until(envoy: EnvoyProcess, server: ServerInfo, limit_s: float, most: 
         raise MeshctlError(f"{server.name}: weight {weight}, not in {least:g}..{most:g} after {limit_s:g} s") from late
 
 
-async def _weights(envoy: EnvoyProcess) -> dict[str, int]:
+async def _weights(envoy: EnvoyProcess) -> Counter[str]:
     """Endpoint -> the sum of its weights in all clusters, as Envoy balances by them; absent is 0."""
-    found: dict[str, int] = {}
+    found: Counter[str] = Counter()
     for config in orjson.loads(await envoy.get(_DUMP))["configs"]:
         for locality in config["endpoint_config"].get("endpoints", []):
             for member in locality["lb_endpoints"]:
                 address = member["endpoint"]["address"]["socket_address"]
                 name = f"{address['address']}:{address['port_value']}"
-                found[name] = found.get(name, 0) + _weight(member)
+                found[name] += _weight(member)
     return found
 
 
