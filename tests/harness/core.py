@@ -156,9 +156,11 @@ def weights_of(plan: RoutePlan) -> Weights:
     return {size: dict(row) for size, row in plan.weights.items()}
 
 
-def part_of(plan: RoutePlan, e: EndpointId) -> int:
-    """All that the endpoint gets, of all sized classes; 1000 each."""
-    return sum(row[e] for size, row in plan.weights.items() if size != DEFAULT_CLASS)
+def work_of(plan: RoutePlan, e: EndpointId) -> float:
+    """Part of the route's work, 0..1000, that the endpoint gets: its weights, each with what that size costs there."""
+    cost = {c.name: c.share * service_s(reference.PROFILES["V100"], c.batch) for c in reference.SIZES}
+    total = sum(cost.values())
+    return sum(plan.weights[size][e] * cost[size] / total for size in cost)
 
 
 def reasons(plan: RoutePlan, code: ReasonCode, subject: str | None = None) -> list[Reason]:
