@@ -307,7 +307,7 @@ def main(
     progress("solver: 30 cases, cold, warm and naive")
     bench_solver(report, 1 if quick else 7)
     progress(f"decide(): {routes} routes of {sum(FLEET.values())} endpoints")
-    asyncio.run(bench_decide(report, routes, 3 if quick else 20))
+    asyncio.run(bench_decide(report, routes, 3 if quick else 10))
     if not quick:
         progress("memory: a controller, an Envoy, a thousand routes")
         with tempfile.TemporaryDirectory(prefix="meshctl-bench-") as directory:

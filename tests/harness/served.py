@@ -25,7 +25,15 @@ from tests.harness.envoy import require_envoy
 from tests.harness.tools import DEADLINE_S
 
 ROUTE = "default/served"
-GUARD = {"smoothing": "1s", "dwell": "1s", "maxStep": 1, "hangAfter": "1s", "recoverAfter": "3s", "staleAfter": "3s"}
+GUARD = {
+    "smoothing": "1s",
+    "dwell": "1s",
+    "maxStep": 1,
+    "hangAfter": "1s",
+    "recoverAfter": "3s",
+    "staleAfter": "3s",
+    "decay": "3s",
+}
 RUN = ("--tick", "250ms", "--window", "2s")
 V100 = {"gpu": "V100", "service": {"base": "5ms", "perItem": "0.5ms"}}
 
