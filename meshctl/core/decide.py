@@ -126,7 +126,8 @@ def _move(look: Look, solved: Solved, before: RouteMemory, now_s: float, *, susp
     if look.frozen:  # blind: also in mid-shift, and after a restart until the first signals
         return _Move(now, repaired, shifting=before.shifting)
     apart = guard.largest_change(now, target)
-    if apart <= spec.guard.dead_band_ratio:
+    going_on = before.shifting and before.solved is not None and before.solved.target is target
+    if not going_on and apart <= spec.guard.dead_band_ratio:
         inputs = (
             Input("largest change wanted", apart, "ratio"),
             Input("dead band", spec.guard.dead_band_ratio, "ratio"),
@@ -134,7 +135,6 @@ def _move(look: Look, solved: Solved, before: RouteMemory, now_s: float, *, susp
         held = (Reason(ReasonCode.DEAD_BAND, subject, "the rest is within it", inputs),) if apart > 1e-9 else ()
         return _Move(now, repaired, held)
     rested = now_s - before.stepped_s
-    going_on = before.shifting and before.solved is not None and before.solved.target is target
     limited = Reason(
         ReasonCode.STEP_LIMITED,
         subject,

@@ -31,18 +31,22 @@ def largest_change(a: Table, b: Table) -> float:
 
 
 def step(now: Table, target: Table, largest: float) -> tuple[Table, bool]:
-    """`target`, or as far towards it as moves at most `largest` of any size class; and whether it was cut short."""
-    table: dict[str, Shares] = {}
-    cut = False
-    for name, wanted in target.items():
-        old = now.get(name, {})
-        moved = _moved(old, wanted)
-        if not old or moved <= largest:
-            table[name] = wanted
-            continue
-        cut, part = True, largest / moved
-        table[name] = {e: old.get(e, 0.0) + part * (wanted[e] - old.get(e, 0.0)) for e in wanted}
-    return {name: normalised(shares) for name, shares in table.items()}, cut
+    """`target`, or as far towards it as moves at most `largest` of any size class; and whether it was cut short.
+
+    All size classes go the same part of the way: the utilisation in between is then between those of the two tables.
+    One that were ahead would bring an endpoint its new work before another takes the old work away.
+    """
+    moved = max((_moved(now.get(name, {}), wanted) for name, wanted in target.items() if now.get(name)), default=0.0)
+    if moved <= largest:
+        return {name: normalised(shares) for name, shares in target.items()}, False
+    part = largest / moved
+    table = {
+        name: {e: now[name].get(e, 0.0) + part * (share - now[name].get(e, 0.0)) for e, share in wanted.items()}
+        if now.get(name)
+        else wanted
+        for name, wanted in target.items()
+    }
+    return {name: normalised(shares) for name, shares in table.items()}, True
 
 
 def normalised(shares: Shares) -> Shares:

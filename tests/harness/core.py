@@ -90,7 +90,7 @@ def healthy(e: Endpoint, at_s: float, slowdown: float = 1.0, foreign_ratio: floa
 def measured(
     of: DesiredRoute,
     at_s: float,
-    load_ratio: float = 0.8,
+    load_ratio: float = 0.7,
     slow: Mapping[EndpointId, float] = _NOBODY,
     foreign: Mapping[EndpointId, float] = _NOBODY,
     changed: Mapping[EndpointId, EndpointSignals] = MappingProxyType({}),
