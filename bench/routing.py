@@ -136,6 +136,7 @@ async def _compare(
         "seeds": list(seeds),
         "seconds": seconds,
         "settled_s": settled,
+        "solved_for_rps": view.load_rps,
         "weights": _weights(view),
         "runs": {policy: [asdict(run) | {"valid": run.valid} for run in found] for policy, found in runs.items()},
     }
@@ -231,6 +232,7 @@ async def _slow(report: Report, made: Stand, seconds: float, seeds: Sequence[int
         "known": [asdict(run) | {"valid": run.valid} for run in known],
         "reacted_s": reacted_s,
         "settled_s": settled_s,
+        "solved_for_rps": view.load_rps,
         "weights": _weights(view),
     }
     where = f"{SLOW_LOAD:.0%} load, {made.data_plane}, GPUs simulated"
