@@ -75,7 +75,7 @@ async def test_stale_and_absent_signals_are_told_apart(tmp_path: Path) -> None:
         async with Pages(lambda _: http(exposition(sim.identity, sim.gpu, time.monotonic()))) as pages:
             ports = {stale: int(pages.address.rpartition(":")[2]), absent: free_ports(1)[0]}
             endpoints = [manifest_endpoint(s) | {"metricsPort": ports.get(s, s.metrics_port)} for s in run.servers]
-            write_manifests(run.manifests, endpoints, guard={"staleAfter": "2s"})
+            write_manifests(run.driven.manifests, endpoints, guard={"staleAfter": "2s"})
             names = {server: endpoint(server) for server in run.servers}
             await run.explained(lambda view: "SignalAbsent" in codes(view, names[absent]))
             await run.explained(lambda view: signal(view, names[stale], "service_s")["state"] == "fresh")

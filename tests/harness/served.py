@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from meshctl.sim.load import Load, LoadConfig, LoadResult
 from tests.harness import fleet, manifests
 from tests.harness.controller import RunProcess, api, run_process
 from tests.harness.envoy import require_envoy
-from tests.harness.tools import DEADLINE_S
+from tests.harness.prometheus import PrometheusProcess
+from tests.harness.tools import DEADLINE_S, free_ports
 
 ROUTE = "default/served"
 GUARD = {
@@ -103,14 +104,71 @@ async def explain(controller: RunProcess) -> View:
 
 
 @dataclass
-class Served:
-    """What runs."""
+class Driven:
+    """An Envoy, the controller that drives it, and where its signals come from one, a Prometheus."""
 
-    manifests: Path
-    fleet: Fleet
     controller: RunProcess
     envoy: EnvoyProcess
+    prometheus: PrometheusProcess | None
+    manifests: Path
+
+
+@asynccontextmanager
+async def driven(directory: Path, metrics: Sequence[str] = ()) -> AsyncIterator[Driven]:
+    """Over the manifests in `directory`/manifests. With `metrics` (``host:port`` pages), signals come from a real
+    Prometheus that scrapes those and the Envoy; without, from a direct scrape. Skips where a program is missing."""
+    require_envoy()
+    async with AsyncExitStack() as stack:
+        # The Envoy is first, as Prometheus must know where its metrics are and the controller where Prometheus is.
+        xds = f"127.0.0.1:{free_ports(1)[0]}"
+        envoy = await stack.enter_async_context(
+            EnvoyProcess(directory / "envoy", gateway(xds, "gw"), wait_ready=False, timeout_s=DEADLINE_S)
+        )
+        prometheus, signals = None, ["--scrape"]
+        if metrics:
+            jobs: dict[str, Sequence[str]] = {"servers": metrics, "envoy": [envoy.admin]}
+            prometheus = await stack.enter_async_context(PrometheusProcess(directory / "prometheus", jobs, 0.25))
+            signals = ["--prometheus", prometheus.url]
+        run = run_process(
+            directory / "manifests", directory / "state.json", directory / "run.log", *RUN, *signals, "--xds", xds
+        )
+        controller = await stack.enter_async_context(run)
+        await envoy.wait_ready()
+        yield Driven(controller, envoy, prometheus, directory / "manifests")
+
+
+@asynccontextmanager
+async def loaded(
+    envoy: EnvoyProcess, rate_rps: float = 60.0, body: Callable[[int], bytes] | None = None
+) -> AsyncIterator[Load]:
+    """Poisson load while the block runs; `load.window(...)` tells of it meanwhile."""
+    mix = ((1, 0.8), (8, 0.2))
+    load = Load(LoadConfig((envoy.url,), rate_rps, mix, float("inf"), model=fleet.MODEL, body=body))
+    task: asyncio.Task[LoadResult] = asyncio.create_task(load.run())
+    try:
+        yield load
+    finally:
+        load.stop()
+        await task
+
+
+def all_measured(view: View) -> bool:
+    """Every endpoint has answered requests and nothing is on its way."""
+    seen = all("ObservedServiceTime" in codes(view, e["endpoint"]) for e in view["endpoints"])
+    return seen and not codes(view) & {"StepLimited", "Dwell"} and "LoadObserved" in codes(view)
+
+
+@dataclass
+class Served:
+    """A fleet behind what drives it."""
+
+    fleet: Fleet
+    driven: Driven
     session: aiohttp.ClientSession
+
+    @property
+    def controller(self) -> RunProcess:
+        return self.driven.controller
 
     @property
     def servers(self) -> tuple[ServerInfo, ...]:
@@ -120,48 +178,32 @@ class Served:
         return await explained(self.controller, holds)
 
     async def measured(self) -> View:
-        """As soon as every endpoint has answered requests and nothing is on its way."""
-
-        def all_seen(view: View) -> bool:
-            seen = all("ObservedServiceTime" in codes(view, e["endpoint"]) for e in view["endpoints"])
-            return seen and not codes(view) & {"StepLimited", "Dwell"} and "LoadObserved" in codes(view)
-
-        return await self.explained(all_seen)
+        return await self.explained(all_measured)
 
     async def statuses(self, count: int) -> list[int]:
         """Of `count` requests, one after the other."""
         found = []
         for _ in range(count):
-            url = f"{self.envoy.url}/v2/models/{fleet.MODEL}/infer"
+            url = f"{self.driven.envoy.url}/v2/models/{fleet.MODEL}/infer"
             async with self.session.post(url, headers={"x-batch-size": "1"}) as response:
                 await response.read()
                 found.append(response.status)
         return found
 
-    @asynccontextmanager
-    async def loaded(self, rate_rps: float = 60.0) -> AsyncIterator[Load]:
-        """Poisson load while the block runs; `load.window(...)` tells of it meanwhile."""
-        load = Load(LoadConfig((self.envoy.url,), rate_rps, ((1, 0.8), (8, 0.2)), float("inf"), model=fleet.MODEL))
-        task: asyncio.Task[LoadResult] = asyncio.create_task(load.run())
-        try:
-            yield load
-        finally:
-            load.stop()
-            await task
+    def loaded(self) -> AbstractAsyncContextManager[Load]:
+        return loaded(self.driven.envoy)
 
 
 @asynccontextmanager
-async def served(
-    directory: Path, servers: int = 3, *, options: Sequence[str] = ("--scrape",), **spec: Any
-) -> AsyncIterator[Served]:
-    """`servers` equal GPUs behind one Envoy that a real controller drives; skips where there is no Envoy."""
+async def served(directory: Path, *, prometheus: bool = False, **spec: Any) -> AsyncIterator[Served]:
+    """Three equal simulated GPUs behind one Envoy that a real controller drives."""
     require_envoy()
     async with AsyncExitStack() as stack:
-        running, _ = await stack.enter_async_context(fleet.running(fleet.config({**V100, "count": servers})))
-        write_manifests(directory / "manifests", [manifest_endpoint(s) for s in running.info.servers], **spec)
-        state, log = directory / "state.json", directory / "run.log"
-        controller = await stack.enter_async_context(run_process(directory / "manifests", state, log, *RUN, *options))
-        envoy = await stack.enter_async_context(EnvoyProcess(directory / "envoy", gateway(controller.xds, "gw")))
+        running, _ = await stack.enter_async_context(fleet.running(fleet.config({**V100, "count": 3})))
+        servers = running.info.servers
+        write_manifests(directory / "manifests", [manifest_endpoint(s) for s in servers], **spec)
+        metrics = [f"{s.address}:{s.metrics_port}" for s in servers] if prometheus else []
+        control = await stack.enter_async_context(driven(directory, metrics))
         timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
         session = await stack.enter_async_context(aiohttp.ClientSession(timeout=timeout))
-        yield Served(directory / "manifests", running, controller, envoy, session)
+        yield Served(running, control, session)
