@@ -136,9 +136,10 @@ def _logits(shares: Array) -> Array:
     return logits
 
 
-def bench_solver(report: Report, repeats: int) -> None:
-    """Cold and warm over all loads, numbers of proxies and concurrencies; the naive peer on every case once."""
-    cases = [Case(*values) for values in itertools.product(LOADS, GATEWAYS, CONCURRENCY)]
+def bench_solver(report: Report, repeats: int, every: int = 1) -> None:
+    """Cold and warm over all (or each `every`-th of all) loads, numbers of proxies and concurrencies; the naive peer
+    on every case once."""
+    cases = [Case(*values) for values in itertools.product(LOADS, GATEWAYS, CONCURRENCY)][::every]
     cases[0].solve()  # scipy's import, 0.3 s, once in a process
     cold, warm, naive, naive_warm = Times(), Times(), Times(), Times()
     behind: list[float] = []
@@ -305,7 +306,7 @@ def main(
     quiet_logs()
     report = Report("solver")
     progress("solver: 30 cases, cold, warm and naive")
-    bench_solver(report, 1 if quick else 7)
+    bench_solver(report, *((1, 10) if quick else (7, 1)))
     progress(f"decide(): {routes} routes of {sum(FLEET.values())} endpoints")
     asyncio.run(bench_decide(report, routes, 3 if quick else 10))
     if not quick:

@@ -1,0 +1,58 @@
+"""The benches run and print what they promise; what they measure is not judged here, but for what must be zero."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+
+from tests.harness.envoy import require_envoy
+from tests.harness.tools import DEADLINE_S
+
+BENCH = Path(__file__).parents[2] / "bench"
+
+
+async def report(name: str, *options: str) -> dict[str, Any]:
+    """What `python bench/NAME.py --json` prints, on standard output and nothing else."""
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, str(BENCH / f"{name}.py"), "--json", "--quick", *options, stdout=pipe, stderr=pipe
+    )
+    try:
+        out, err = await asyncio.wait_for(process.communicate(), 2 * DEADLINE_S)
+    finally:
+        if process.returncode is None:
+            process.terminate()  # it ends its own children
+            await process.wait()
+    assert process.returncode == 0, err.decode()
+    found: dict[str, Any] = orjson.loads(out)
+    assert found["bench"] == name
+    assert {"cores", "processor", "load_average"} <= found["machine"].keys()
+    return found
+
+
+def values(found: dict[str, Any], part: str) -> list[float]:
+    """Of the figures whose names contain `part`."""
+    return [figure["value"] for figure in found["figures"] if part in figure["name"]]
+
+
+async def test_the_solver_bench_prints_its_figures() -> None:
+    """Cold, warm and naive times, a decision for routes that do not change, and no write for them."""
+    found = await report("solver", "--routes", "30")
+    for part in ("solve, cold", "solve, warm", "naive / ours", "30 unchanged routes", "30 new routes"):
+        assert values(found, part), part
+    assert values(found, "writes caused")[0] == 0
+
+
+@pytest.mark.envoy
+async def test_the_loop_bench_fails_no_request() -> None:
+    """Decisions reach a real Envoy, and changes under load fail nothing."""
+    require_envoy()
+    found = await report("loop", "--only", "apply", "--only", "changes")
+    assert len(values(found, "decision -> acknowledged")) == 2
+    assert len(values(found, "requests on the old weights")) == 1
+    assert values(found, "failed requests") == [0]
