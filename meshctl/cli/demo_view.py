@@ -49,11 +49,12 @@ class View:
             return [f"[bold]meshctl demo[/]  {fleet}", "starting"]
         state = f"[red]{scene.fault}[/]" if scene.fault else "all GPUs well"
         phase = f"[bold {_COLOURS[scene.policy]}]{scene.policy}[/]"
+        time = "settling" if scene.settling else f"{scene.left_s:.0f} s"
         parts = f"{self._stand.data_plane}, {self._signals}"
         return [
             f"[bold]meshctl demo[/]  {fleet}",
             Text.from_markup(
-                f"round {scene.round}: {phase}, {state}, {scene.left_s:.0f} s  [dim]{parts}[/]",
+                f"round {scene.round}: {phase}, {state}, {time}  [dim]{parts}[/]",
                 overflow="ellipsis",
             ),
         ]

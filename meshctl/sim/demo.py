@@ -102,6 +102,8 @@ class Scene:
     """What is wrong with the fleet, "" when nothing is."""
     left_s: float = 0.0
     """Of this phase."""
+    settling: bool = False
+    """The load has just set in, and the weights follow; the phase begins when they have."""
     measured: dict[tuple[str, bool], Measured] = field(default_factory=dict)
     """(policy, whether with a fault) -> the newest numbers."""
     view: RouteView | None = None
@@ -114,6 +116,11 @@ class Scene:
     @property
     def healthy(self) -> bool:
         return not self.fault
+
+    @property
+    def newest(self) -> Measured:
+        """Of the policy that is on."""
+        return self.measured[self.policy, self.healthy]
 
 
 class Show:
@@ -135,7 +142,7 @@ class Show:
         async with self._stand.loaded(BEFORE, seed) as load:
             await self._phase(BEFORE, load)
         async with self._stand.loaded(AFTER, seed) as load:
-            await self._phase(AFTER, load)
+            await self._phase(AFTER, load, settle=True)
             before = part_of(await self._stand.route(), endpoint_of(server))
             await self._stand.set_faults(server, faults)
             scene.fault, scene.sick = words, endpoint_of(server)
@@ -149,21 +156,37 @@ class Show:
         scene.fault = scene.sick = ""
         self._event("the V100 is well again")
 
-    async def _phase(self, policy: str, load: Load) -> None:
+    async def _phase(self, policy: str, load: Load, *, settle: bool = False) -> None:
+        """One policy for `phase_s`; with `settle` counted from when its weights have followed the load."""
         scene, start_s = self.scene, time.monotonic()
         scene.policy = policy
-        while (passed_s := time.monotonic() - start_s) < self._phase_s:
-            await asyncio.sleep(_REFRESH_S)  # the view's clock
-            scene.left_s = max(0.0, self._phase_s - passed_s)
-            scene.view = await self._stand.route()
-            numbers = Measured.of(policy, load.window(min(_WINDOW_S, passed_s + _REFRESH_S)))
-            scene.measured[policy, scene.healthy] = numbers
-            recent = load.window(_RECENT_S).p99_ms
-            if recent is not None:
-                scene.recent_ms.append((policy, recent))
-            self._notice(scene.view)
-            self._draw(scene)
-        self._say(f"round {scene.round}, {scene.fault or 'all GPUs well'}: {in_words(numbers)}")
+        settling = asyncio.create_task(self._stand.settled()) if settle else None
+        try:
+            while (passed_s := time.monotonic() - start_s) < self._phase_s:
+                await asyncio.sleep(_REFRESH_S)  # the view's clock
+                scene.settling = settling is not None and not settling.done()
+                if scene.settling:
+                    start_s = time.monotonic()
+                scene.left_s = max(0.0, self._phase_s - passed_s)
+                await self._look(policy, load, passed_s)
+        finally:
+            if settling is not None:
+                settling.cancel()
+                await asyncio.gather(settling, return_exceptions=True)  # what it raised is raised below, or by the look
+        if settling is not None:
+            settling.result()
+        self._say(f"round {scene.round}, {scene.fault or 'all GPUs well'}: {in_words(scene.newest)}")
+
+    async def _look(self, policy: str, load: Load, passed_s: float) -> None:
+        """Bring the scene up to date, and draw it."""
+        scene = self.scene
+        scene.view = await self._stand.route()
+        scene.measured[policy, scene.healthy] = Measured.of(policy, load.window(min(_WINDOW_S, passed_s + _REFRESH_S)))
+        recent = load.window(_RECENT_S).p99_ms
+        if recent is not None:
+            scene.recent_ms.append((policy, recent))
+        self._notice(scene.view)
+        self._draw(scene)
 
     def _notice(self, view: RouteView) -> None:
         """Tell of the loop's reaction, once."""
