@@ -29,7 +29,7 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="With --once: print JSON.")] = False,
     load: Annotated[float, typer.Option("--load", help="Part of the fleet's capacity that is asked for.")] = 0.8,
     seconds: Annotated[
-        float | None, typer.Option("--seconds", help="Measured time per policy (default 30, or 15 in the live view).")
+        float | None, typer.Option("--seconds", help="Measured time per policy (default 30, or 20 in the live view).")
     ] = None,
     seed: Annotated[int, typer.Option("--seed", help="The same seed sends the same requests at the same times.")] = 1,
     signals: Annotated[
@@ -53,7 +53,7 @@ def demo(
             if ended is not None:
                 raise MeshctlError(f"interrupted by {ended.name}: nothing was measured")
         else:
-            runner.run(until_signal(_live(load, seconds or 15.0, seed, signals)))
+            runner.run(until_signal(_live(load, seconds or 20.0, seed, signals)))
 
 
 def _say(text: str) -> None:
@@ -82,7 +82,7 @@ async def _once(as_json: bool, load: float, seconds: float, seed: int, signals: 
 async def _live(load: float, seconds: float, seed: int, signals: Signals) -> None:
     from rich.live import Live
 
-    from meshctl.cli.demo_view import View
+    from meshctl.cli.demo_view import View, numbers
     from meshctl.cli.output import console
     from meshctl.sim.demo import Show
     from meshctl.sim.load import allow_many_connections, calm_gc
@@ -97,10 +97,13 @@ async def _live(load: float, seconds: float, seed: int, signals: Signals) -> Non
             await made.run(Show(made, seconds, seed, lambda _: None, screen.print).run())
             return
         view = View(made, load, signals.value, screen)
-        with Live(view, console=screen, screen=True, auto_refresh=False) as live:
-            show = Show(made, seconds, seed, lambda _: live.refresh(), lambda _: None)
-            view.scene = show.scene
-            await made.run(show.run())
+        try:
+            with Live(view, console=screen, screen=True, auto_refresh=False) as live:
+                show = Show(made, seconds, seed, lambda _: live.refresh(), lambda _: None)
+                view.scene = show.scene
+                await made.run(show.run())
+        finally:
+            screen.print(numbers(view.scene))  # the live screen goes with its end
 
 
 def _table(found: Comparison) -> Table:

@@ -35,7 +35,7 @@ class View:
 
     def __rich__(self) -> RenderableType:
         height, width = self._console.height, self._console.width
-        parts = [*self._head(), _numbers(self.scene), _curve(self.scene, width), self._fleet(width)]
+        parts = [*self._head(), numbers(self.scene), _curve(self.scene, width), self._fleet(width)]
         events = list(self.scene.events)[-max(1, height - _FIXED_LINES) :]
         parts += [Text(event, no_wrap=True, overflow="ellipsis") for event in events]
         parts.append(f"[dim]meshctl explain reference --admin {self._stand.controller.admin}   Ctrl-C ends[/]")
@@ -85,7 +85,7 @@ class View:
         return [(label, groups[place, label]) for place, label in sorted(groups)]
 
 
-def _numbers(scene: Scene) -> Table:
+def numbers(scene: Scene) -> Table:
     """p50, p99 and goodput of both, without and with a fault."""
     columns = [(policy, healthy) for healthy in (True, False) for policy in (BEFORE, AFTER)]
     table = Table(box=None, padding=(0, 1))
