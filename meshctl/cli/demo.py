@@ -82,7 +82,7 @@ async def _once(as_json: bool, load: float, seconds: float, seed: int, signals: 
 async def _live(load: float, seconds: float, seed: int, signals: Signals) -> None:
     from rich.live import Live
 
-    from meshctl.cli.demo_view import View, numbers
+    from meshctl.cli.demo_view import About, View, numbers
     from meshctl.cli.output import console
     from meshctl.sim.demo import Show
     from meshctl.sim.load import allow_many_connections, calm_gc
@@ -96,7 +96,8 @@ async def _live(load: float, seconds: float, seed: int, signals: Signals) -> Non
         if not screen.is_terminal:
             await made.run(Show(made, seconds, seed, lambda _: None, screen.print).run())
             return
-        view = View(made, load, signals.value, screen)
+        about = About(load, made.rate_rps, made.data_plane, signals.value, made.controller.admin)
+        view = View(about, screen)
         try:
             with Live(view, console=screen, screen=True, auto_refresh=False) as live:
                 show = Show(made, seconds, seed, lambda _: live.refresh(), lambda _: None)

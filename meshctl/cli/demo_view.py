@@ -7,6 +7,7 @@ stands there without them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
@@ -15,8 +16,8 @@ from rich.text import Text
 
 from meshctl.controller.views import EndpointView
 from meshctl.sim.demo import AFTER, BEFORE, Scene, why
-from meshctl.sim.reference import SLO_S
-from meshctl.sim.versus import Measured, Stand
+from meshctl.sim.reference import PROFILES, SLO_S
+from meshctl.sim.versus import Measured
 
 _FIXED_LINES = 20
 """All but the events."""
@@ -26,31 +27,43 @@ _CURVE_MS = 40.0
 _COLOURS = {BEFORE: "red", AFTER: "green"}
 
 
+@dataclass(frozen=True, slots=True)
+class About:
+    """What does not change while it shows."""
+
+    load_ratio: float
+    rate_rps: float
+    data_plane: str
+    signals: str
+    admin: str
+    """URL of the controller's admin API."""
+
+
 class View:
     """Draws a Scene; rich asks for it at each refresh."""
 
-    def __init__(self, stand: Stand, load: float, signals: str, console: Console) -> None:
+    def __init__(self, about: About, console: Console) -> None:
         self.scene = Scene()
-        self._stand, self._load, self._signals, self._console = stand, load, signals, console
+        self._about, self._console = about, console
 
     def __rich__(self) -> RenderableType:
         height, width = self._console.height, self._console.width
         parts = [*self._head(), numbers(self.scene), _curve(self.scene, width), self._fleet(width)]
         events = list(self.scene.events)[-max(1, height - _FIXED_LINES) :]
         parts += [Text(event, no_wrap=True, overflow="ellipsis") for event in events]
-        parts.append(f"[dim]meshctl explain reference --admin {self._stand.controller.admin}   Ctrl-C ends[/]")
+        parts.append(f"[dim]meshctl explain reference --admin {self._about.admin}   Ctrl-C ends[/]")
         return Group(*parts)
 
     def _head(self) -> list[RenderableType]:
-        rate, slo_ms = self._stand.rate_rps, 1e3 * SLO_S
-        fleet = f"{rate:.0f} requests/s, {self._load:.0%} of what 12 GPUs can do; SLO {slo_ms:.0f} ms"
+        about, slo_ms = self._about, 1e3 * SLO_S
+        fleet = f"{about.rate_rps:.0f} requests/s, {about.load_ratio:.0%} of what 12 GPUs can do; SLO {slo_ms:.0f} ms"
         scene = self.scene
         if not scene.policy:
             return [f"[bold]meshctl demo[/]  {fleet}", "starting"]
         state = f"[red]{scene.fault}[/]" if scene.fault else "all GPUs well"
         phase = f"[bold {_COLOURS[scene.policy]}]{scene.policy}[/]"
         time = "settling" if scene.settling else f"{scene.left_s:.0f} s"
-        parts = f"{self._stand.data_plane}, {self._signals}"
+        parts = f"{about.data_plane}, {about.signals}"
         return [
             f"[bold]meshctl demo[/]  {fleet}",
             Text.from_markup(
@@ -76,7 +89,7 @@ class View:
         return table
 
     def _groups(self, endpoints: Iterable[EndpointView]) -> list[tuple[str, list[EndpointView]]]:
-        order = {server.gpu: place for place, server in reversed(list(enumerate(self._stand.fleet.info.servers)))}
+        order = {gpu: place for place, gpu in enumerate(PROFILES)}
         groups: dict[tuple[int, str], list[EndpointView]] = {}
         for e in endpoints:
             sick = e.endpoint == self.scene.sick
