@@ -21,8 +21,10 @@ from meshctl.core.memory import RouteMemory, Solved
 from meshctl.core.queueing import Array
 from meshctl.model import DEFAULT_CLASS, EndpointId, Input, Policy, Reason, ReasonCode, SizeClass
 
-_WORK_BAND = 0.04
-"""The table is solved anew when demand moved by more than this part of the work."""
+_WORK_BAND = 0.06
+"""The table is solved anew when demand moved by more than this part of the work. Poisson's noise alone, smoothed,
+reaches 4 %, with which the closed loop at 75 and 80 % load moved weights 5 to 11 times in 300 s; with 6 % it does so 0
+to 3 times, and goodput is the same."""
 SOLVES = 25
 """Tables solved in one call, about 20 ms each from cold: a thousand new routes must not hold up everybody's tick. The
 others start from equal utilisation, which is stable, and get their table in the next calls."""

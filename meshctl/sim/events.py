@@ -42,13 +42,13 @@ class Table:
     JOIN_SHORTEST. The balancers' schedules start anew at the change, as Envoy rebuilds them on new weights."""
 
     weights: tuple[tuple[float, ...], ...] | str
-    balancer: LoadBalancer = LoadBalancer()
+    balancer: LoadBalancer = field(default_factory=LoadBalancer)
     since_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Slowdown:
-    """From `since_s` on, requests that start on `server` take `factor` times as long."""
+    """From `since_s` on, requests sent to `server` take `factor` times as long."""
 
     server: int
     factor: float
@@ -158,9 +158,8 @@ class _Fleet:
 
 
 def simulate(run: Run) -> Outcome:
-    """Every request of `run`, to its completion. Raises ValueError when the tables do not start at 0."""
-    if not run.tables or run.tables[0].since_s > 0:
-        raise ValueError("the first table must hold from 0 s on")
+    """Every request of `run`, to its completion. Raises ValueError when its tables do not fit it."""
+    _check(run)
     rng = np.random.default_rng(run.seed)
     n = int(rng.poisson(run.load_rps * run.seconds))
     arrivals = np.sort(rng.random(n) * run.seconds)
@@ -170,12 +169,32 @@ def simulate(run: Run) -> Outcome:
     return Outcome(arrivals, sizes, np.asarray(servers, dtype=np.int64), np.asarray(latency))
 
 
+def _check(run: Run) -> None:
+    if not run.tables or run.tables[0].since_s > 0:
+        raise ValueError("the first table must hold from 0 s on")
+    for weights in (t.weights for t in run.tables):
+        if isinstance(weights, str):
+            if weights != JOIN_SHORTEST:
+                raise ValueError(f"unknown picker {weights!r}; the only one is {JOIN_SHORTEST!r}")
+        elif len(weights) != _rows(run):
+            raise ValueError(
+                f"a table of {len(weights)} rows; {_rows(run)} are needed, one per size, or 1 in all tables"
+            )
+        elif any(len(row) != len(run.servers) or max(row) <= 0 for row in weights):
+            raise ValueError(f"each row needs a weight for each of {len(run.servers)} servers, one of them above 0")
+
+
+def _rows(run: Run) -> int:
+    """Clusters per proxy: one where every table has a single row."""
+    return 1 if all(len(t.weights) == 1 for t in run.tables) else len(run.shares)
+
+
 def _replay(
     run: Run, arrivals: list[float], sizes: list[int], proxies: list[int], rng: _Uniforms
 ) -> tuple[list[int], list[float]]:
     fleet = _Fleet([[0.0] * s.concurrency for s in run.servers])
     service = [list(s.service_s) for s in run.servers]
-    rows = 1 if all(len(t.weights) == 1 for t in run.tables) else len(run.shares)
+    rows = _rows(run)
     active = {(p, j): [0] * len(run.servers) for p in range(run.gateways) for j in range(rows)}
     changes = sorted([(t.since_s, 0, t) for t in run.tables] + [(s.since_s, 1, s) for s in run.slowdowns], key=_order)
     completions: list[tuple[float, int, int, int]] = []
@@ -211,7 +230,5 @@ def _clusters(
     table: Table, active: Mapping[tuple[int, int], list[int]], rng: _Uniforms
 ) -> dict[tuple[int, int], _Cluster] | None:
     if isinstance(table.weights, str):
-        if table.weights != JOIN_SHORTEST:
-            raise ValueError(f"unknown picker {table.weights!r}; the only one is {JOIN_SHORTEST!r}")
         return None
     return {key: _Cluster(table.weights[key[1]], table.balancer, counts, rng) for key, counts in active.items()}
