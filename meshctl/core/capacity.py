@@ -74,13 +74,21 @@ class Speed:
 
 
 def update(
-    before: Speed, profile: ServiceProfile, signals: EndpointSignals, guard: Guard, now_s: float, *, frozen: bool
+    before: Speed,
+    profile: ServiceProfile,
+    signals: EndpointSignals,
+    guard: Guard,
+    now_s: float,
+    *,
+    frozen: bool,
+    moved: bool = False,
 ) -> Speed:
-    """`before` after one look at `signals`. `frozen`: believe what was believed, without decay."""
+    """`before` after one look at `signals`. `frozen`: believe what was believed, without decay. `moved`: weights moved
+    a moment ago, and utilisation shows our own new work before the busy share of a longer window does."""
     if frozen:
         return before
     observed = follow(before.observed, _ratio(profile, signals), guard.smoothing_s, _jump(before.observed))
-    foreign = follow(before.foreign, _foreign(signals, guard), guard.smoothing_s, 0.15)
+    foreign = before.foreign if moved else follow(before.foreign, _foreign(signals, guard), guard.smoothing_s, 0.15)
     window = guard.stale_after_s, guard.decay_s
     used = believed(observed, 1.0, now_s, *window)
     taken = min(believed(foreign, 0.0, now_s, *window), _FOREIGN_MAX)

@@ -81,13 +81,14 @@ def look_at(route: DesiredRoute, signals: RouteSignals, before: RouteMemory, now
     profiles, speeds, states = {}, {}, {}
     reasons: list[Reason] = []
     old_profiles = _profiles(before.route, route)
+    moved = now_s - before.stepped_s < spec.guard.smoothing_s
     for e in route.endpoints:
         of = signals.endpoints.get(e.id, _NOTHING)
         profiles[e.id], reason = capacity.profile_for(e, route.profiles)
         known = before.speeds.get(e.id, _SPEED)
         if old_profiles.get(e.id, profiles[e.id]) != profiles[e.id]:
             known = _SPEED  # what was observed was measured against another profile
-        speed = capacity.update(known, profiles[e.id], of, spec.guard, now_s, frozen=frozen)
+        speed = capacity.update(known, profiles[e.id], of, spec.guard, now_s, frozen=frozen, moved=moved)
         longest = speed.slowdown * capacity.service_s(profiles[e.id], max(c.batch for c in spec.sizes))
         ill = before.health.get(e.id, _HEALTH)
         if frozen and ill.stuck_since_s is not None:

@@ -66,8 +66,9 @@ def solve(
     if last is None or not (holds or suspended or look.frozen):
         wanted = weights.Demand(np.array([asked.rates[n] for n in names]), kinds)
         if budget.spend():
-            warm = _warm(last, names, groups) if last is not None and last.key == key else None
-            table = weights.solve(spec.policy, fleet, wanted, spec.slo_s, proxies, warm)
+            warm = None if last is None else _warm(last, names, groups)
+            changed = last is not None and last.key != key
+            table = weights.solve(spec.policy, fleet, wanted, spec.slo_s, proxies, warm, changed=changed)
             last = _spread(look, names, groups, table, key, asked.rates)
         elif last is None:
             table = weights.evaluate(fleet, wanted, spec.slo_s, proxies, weights.equal_mix(fleet, wanted))

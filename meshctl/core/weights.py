@@ -40,10 +40,11 @@ _PENALTY = 200.0
 _COLD, _WARM = (1e-3, 1e-4, 3e-5), (1e-4,)
 """Tolerances of the descents: the first ones only find the table whose dispersion the next ones use."""
 _GOOD, _MELT, _WORTH_MOVING = 0.998, 0.05, 0.1
-"""The last table stays unless another is better by _WORTH_MOVING in the objective, a tenth of the late requests: tables
-that are as good as each other can differ in most of their shares. Where the worst size class is left below _GOOD, a
-second descent starts with _MELT of the equal mix, as a share near 0 has no gradient under softmax (zeros stayed: over
-a ramp from 30 to 90 % load the worst class ended 56 points below the cold start's)."""
+"""The objective has many local minima, some 12 points of the worst class apart; where a table leaves that class below
+_GOOD, another start is tried. From cold that is the middle between the equal mix and equal utilisation; from the last
+table it is that with _MELT of the equal mix, since a share near 0 has no gradient under softmax (zeros stayed: over a
+ramp from 30 to 90 % load the worst class ended 56 points below the cold start's). The last table stays unless another
+is better by _WORTH_MOVING in the objective, a tenth of the late requests: equally good ones can differ much."""
 _SMALL = 5e-3
 """Shares below this are dropped: they cost an endpoint a schedule slot and move no measurable traffic. Unless they are
 more than a tenth of the class's part of the capacity: a few slow ones among a thousand endpoints have no more."""
@@ -102,9 +103,16 @@ class Table:
 
 
 def solve(
-    policy: Policy, fleet: Fleet, demand: Demand, slo_s: float, gateways: int = 1, warm: Array | None = None
+    policy: Policy,
+    fleet: Fleet,
+    demand: Demand,
+    slo_s: float,
+    gateways: int = 1,
+    warm: Array | None = None,
+    *,
+    changed: bool = False,
 ) -> Table:
-    """The table of `policy`. `warm` (J, I) is the last one, close to this one when little has changed.
+    """The table of `policy`. `warm` (J, I) is the last one; `changed`: it was solved for another fleet.
 
     Raises ValueError when the shapes disagree or the SLO is not positive.
     """
@@ -112,7 +120,7 @@ def solve(
         raise ValueError(f"{demand.kinds.shape=} must be (size classes, kinds) of {fleet.service_s.shape=}; {slo_s=}")
     match policy:
         case Policy.BALANCED:
-            return balanced(fleet, demand, slo_s, gateways, warm)
+            return balanced(fleet, demand, slo_s, gateways, warm, changed=changed)
         case Policy.EQUAL_UTILIZATION:
             shares = equal_utilization(fleet, demand)
         case Policy.PROPORTIONAL:
@@ -137,7 +145,9 @@ def _same_for_all(strength: Array, demand: Demand) -> Array:
     return np.tile(row, (len(demand.rates), 1))
 
 
-def balanced(fleet: Fleet, demand: Demand, slo_s: float, gateways: int, warm: Array | None = None) -> Table:
+def balanced(
+    fleet: Fleet, demand: Demand, slo_s: float, gateways: int, warm: Array | None = None, *, changed: bool = False
+) -> Table:
     """The attainment-balanced table; see the module's docstring. A size class without traffic gets the mean of the
     others, weighted by their rates, as its own shares would be arbitrary."""
     busy = demand.rates > 0
@@ -145,7 +155,8 @@ def balanced(fleet: Fleet, demand: Demand, slo_s: float, gateways: int, warm: Ar
         return evaluate(fleet, demand, slo_s, gateways, equal_mix(fleet, demand))
     if not busy.all():
         part = Demand(demand.rates[busy], demand.kinds[busy])
-        table = balanced(fleet, part, slo_s, gateways, None if warm is None else np.compress(busy, warm, axis=0))
+        some = None if warm is None else np.compress(busy, warm, axis=0)
+        table = balanced(fleet, part, slo_s, gateways, some, changed=changed)
         shares = np.tile(part.rates / part.rates.sum() @ table.shares, (len(busy), 1))
         shares[busy] = table.shares
         return evaluate(fleet, demand, slo_s, gateways, shares, table.evaluations)
@@ -166,16 +177,20 @@ def balanced(fleet: Fleet, demand: Demand, slo_s: float, gateways: int, warm: Ar
     def value(table: Table) -> float:
         return _Objective(fleet, demand, slo_s, gateways, table.shares).at(table.shares)
 
-    if warm is None:
-        return descend(mix, _COLD)
-    last, near = evaluate(fleet, demand, slo_s, gateways, warm), descend(warm, _WARM)
-    best = near if value(near) < value(last) - _WORTH_MOVING else last
-    evaluations = near.evaluations
-    if best.attainment.min() < _GOOD:
-        far = descend((1 - _MELT) * warm + _MELT * mix, _WARM)
-        best = far if value(far) < value(best) - _WORTH_MOVING else best
-        evaluations += far.evaluations
-    return replace(best, evaluations=evaluations)
+    found: list[Table] = []
+    if warm is None or changed:
+        found.append(descend(mix, _COLD))
+        if found[0].attainment.min() < _GOOD:
+            found.append(descend((mix + equal_utilization(fleet, demand)) / 2, _COLD))
+    if warm is not None:
+        found.append(descend(warm, _WARM))
+        if max(t.attainment.min() for t in found) < _GOOD:
+            found.append(descend((1 - _MELT) * warm + _MELT * mix, _WARM))
+    best = min(found, key=value)  # the first of equals
+    if warm is not None:
+        last = evaluate(fleet, demand, slo_s, gateways, warm)
+        best = best if value(best) < value(last) - _WORTH_MOVING else last
+    return replace(best, evaluations=sum(t.evaluations for t in found))
 
 
 def equal_mix(fleet: Fleet, demand: Demand) -> Array:

