@@ -14,7 +14,7 @@ import orjson
 import pytest
 
 from tests.harness.envoy import require_envoy
-from tests.harness.tools import until
+from tests.harness.tools import require, until
 
 pytestmark = pytest.mark.envoy
 DEADLINE_S = 150.0
@@ -68,13 +68,13 @@ def _exists(pid: int) -> bool:
 
 
 @asynccontextmanager
-async def demo(temporary: Path, options: str) -> AsyncIterator[Demo]:
+async def demo(temporary: Path, options: str, **environment: str) -> AsyncIterator[Demo]:
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "meshctl", "demo", *options.split()),
         stdout=pipe,
         stderr=pipe,
-        env={**os.environ, "TMPDIR": str(temporary)},
+        env={**os.environ, "TMPDIR": str(temporary), **environment},
         start_new_session=True,
     )
     running = Demo(process, temporary)
@@ -106,6 +106,32 @@ async def test_once_measures_the_same_requests_through_both(tmp_path: Path) -> N
     assert found["p99_ratio"] == pytest.approx(before["p99_ms"] / after["p99_ms"], abs=0.01)
     assert found["data_plane"].startswith("envoy ")
     assert (found["signals"], found["seed"]) == ("scrape", 7)
+
+
+@pytest.mark.prometheus
+async def test_once_with_a_prometheus_of_its_own(tmp_path: Path) -> None:
+    """The controller's signals come from it: without them the weights would never count as settled."""
+    require_envoy()
+    binary = require("prometheus")
+    options = "--once --json --load 0.3 --seconds 1 --signals prometheus"
+    async with demo(tmp_path, options, PROMETHEUS_BIN=str(binary)) as running:
+        await running.says("meshctl: waiting")
+        children = running.children()
+        assert len(children) == 5
+        out, err = await asyncio.wait_for(running.process.communicate(), DEADLINE_S)
+        assert running.process.returncode == 0, err.decode()
+        await running.gone(children)
+    found = orjson.loads(out)
+    assert found["signals"] == "prometheus"
+    assert found["settled_s"] is not None
+
+
+async def test_prometheus_that_is_not_there_is_said_before_anything_starts(tmp_path: Path) -> None:
+    """Exit 2, and what to set."""
+    async with demo(tmp_path, "--once --signals prometheus", PROMETHEUS_BIN="/nowhere") as running:
+        _, err = await asyncio.wait_for(running.process.communicate(), DEADLINE_S)
+        assert (running.process.returncode, running.files()) == (2, [])
+        assert err.decode().startswith("meshctl: no Prometheus here: set PROMETHEUS_BIN")
 
 
 async def test_live_without_a_terminal_prints_lines_and_ends_cleanly(tmp_path: Path) -> None:
