@@ -210,6 +210,7 @@ async def _slow(report: Report, made: Stand, seconds: float, seeds: Sequence[int
     await made.settle(settling)
     made.write_manifests(suspend=True)
     await _until(made, "the route is suspended", lambda view: view.suspended)
+    held = _weights(await made.route())
     await made.set_faults(server, slow)
     stale = [await _measure(made, MESHCTL, seed, seconds) for seed in seeds]
     await made.set_faults(server, Faults())
@@ -228,6 +229,8 @@ async def _slow(report: Report, made: Stand, seconds: float, seeds: Sequence[int
     view = await made.route()
     report.details["slow"] = {
         "what": "real Envoy, controller and requests; simulated GPUs",
+        "slow_server": endpoint,
+        "weights_unnoticed": held,
         "unnoticed": [asdict(run) | {"valid": run.valid} for run in stale],
         "known": [asdict(run) | {"valid": run.valid} for run in known],
         "reacted_s": reacted_s,
