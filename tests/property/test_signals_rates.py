@@ -16,7 +16,6 @@ from meshctl.model import DesiredRoute, RouteId, Signal
 from tests.harness.pages import route, server
 
 NAME = "nv_inference_request_success"
-KEY = (NAME, ("model=m",))
 anything = st.floats(allow_nan=True, allow_infinity=True)
 
 
@@ -30,7 +29,7 @@ def test_a_rate_is_the_mean_over_the_window(steps: list[int], window: int) -> No
     page = target()
     for at, total in enumerate(accumulate(steps, initial=0)):
         page.take(f'{NAME}{{model="m"}} {total}', float(at), window)
-        reading = page.reading(KEY)
+        reading = page.reading(0)
         if at:
             last = steps[max(0, at - window) : at]
             assert reading is not None
@@ -43,7 +42,7 @@ def test_no_counter_makes_a_negative_rate(values: list[float]) -> None:
     page = target()
     for at, value in enumerate(values):
         page.take(f'{NAME}{{model="m"}} {value!r}', float(at), 5.0)
-    reading = page.reading(KEY)
+    reading = page.reading(0)
     assert reading is not None
     assert 0 <= reading.value < math.inf
 
@@ -57,7 +56,7 @@ def test_restarts_to_zero_lose_nothing(steps: list[tuple[int, bool]]) -> None:
         counter = requests if restarts and requests < counter else counter + requests
         total += requests
         page.take(f'{NAME}{{model="m"}} {counter}', float(at), math.inf)
-    reading = page.reading(KEY)
+    reading = page.reading(0)
     assert reading is not None
     assert math.isclose(reading.value, total / len(steps))
 
@@ -69,13 +68,25 @@ def test_a_page_is_taken_whole_or_not_at_all(text: str) -> None:
     """Any text is metrics or a ValueError; after an error the target is what it was."""
     page = target()
     page.take(f'{NAME}{{model="m"}} 5', 0.0, 5.0)
-    before = (list(page.pages), dict(page.labels), dict(page.counters))
+    before = repr(page)
     try:
         page.take(text, 1.0, 5.0)
     except ValueError:
-        assert (list(page.pages), dict(page.labels), dict(page.counters)) == before
+        assert repr(page) == before
     else:
-        assert all(reading is None or not math.isnan(reading.value) for reading in map(page.reading, page.labels))
+        assert all(reading is None or not math.isnan(reading.value) for reading in map(page.reading, page.present()))
+
+
+def test_series_that_are_gone_are_forgotten() -> None:
+    """A page that had many series and has few keeps memory for few, and the rates of those."""
+    page = target()
+    page.take("".join(f'{NAME}{{model="{i}"}} {i}\n' for i in range(1000)), 0.0, 5.0)
+    page.take(f'{NAME}{{model="7"}} 17\n{NAME}{{model="new"}} 1\n', 2.0, 5.0)
+    assert [page.about[i] for i in page.present()] == [(NAME, ("t", "7")), (NAME, ("t", "new"))]
+    assert len(page.columns) == len(page.about) == len(page.last) == 2
+    assert page.reading(page.columns[f'{NAME}{{model="7"}}']) == Reading(5.0, 2.0)
+    page.take(f'{NAME}{{model="new"}} 5\n', 4.0, 5.0)
+    assert page.reading(page.columns[f'{NAME}{{model="new"}}']) == Reading(2.0, 4.0)
 
 
 @given(st.dictionaries(st.sampled_from(sorted({n for f in FORMULAS for n in f.terms})), anything))
