@@ -21,7 +21,7 @@ It knows nothing of endpoints, signals, time, or of what is in force.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -37,8 +37,9 @@ _TAIL = 0.6
 _KNEE = 0.97
 """Utilisation from which the penalty grows: above, the fluid limit rules and attainments are extrapolated."""
 _PENALTY = 200.0
-_COLD, _WARM = (1e-3, 1e-4, 3e-5), (1e-4,)
-"""Tolerances of the descents: the first ones only find the table whose dispersion the next ones use."""
+_COLD, _WARM, _COARSE = (1e-3, 1e-4, 3e-5), (1e-4,), (1e-3,)
+"""Tolerances of the descents: the first ones only find the table whose dispersion the next ones use. The coarse one
+has to show that there is something worth moving for, no more."""
 _GOOD, _MELT, _WORTH_MOVING = 0.998, 0.05, 0.1
 """The objective has many local minima, some 12 points of the worst class apart; where a table leaves that class below
 _GOOD, another start is tried. From cold that is the middle between the equal mix and equal utilisation; from the last
@@ -160,37 +161,9 @@ def balanced(
         shares = np.tile(part.rates / part.rates.sum() @ table.shares, (len(busy), 1))
         shares[busy] = table.shares
         return evaluate(fleet, demand, slo_s, gateways, shares, table.evaluations)
-    mix = equal_mix(fleet, demand)
-
-    def descend(shares: Array, tolerances: tuple[float, ...]) -> Table:
-        evaluations = 0
-        for tolerance in tolerances:
-            before = shares
-            shares, used = _Objective(fleet, demand, slo_s, gateways, shares).minimise(shares, tolerance)
-            evaluations += used
-            if np.abs(shares - before).max() < _SMALL:
-                break
-        shares = np.where(shares < np.minimum(_SMALL, 0.1 * mix), 0, shares)
-        shares /= shares.sum(axis=1, keepdims=True)
-        return evaluate(fleet, demand, slo_s, gateways, shares, evaluations)
-
-    def value(table: Table) -> float:
-        return _Objective(fleet, demand, slo_s, gateways, table.shares).at(table.shares)
-
-    found: list[Table] = []
-    if warm is None or changed:
-        found.append(descend(mix, _COLD))
-        if found[0].attainment.min() < _GOOD:
-            found.append(descend((mix + equal_utilization(fleet, demand)) / 2, _COLD))
-    if warm is not None:
-        found.append(descend(warm, _WARM))
-        if max(t.attainment.min() for t in found) < _GOOD:
-            found.append(descend((1 - _MELT) * warm + _MELT * mix, _WARM))
-    best = min(found, key=value)  # the first of equals
-    if warm is not None:
-        last = evaluate(fleet, demand, slo_s, gateways, warm)
-        best = best if value(best) < value(last) - _WORTH_MOVING else last
-    return replace(best, evaluations=sum(t.evaluations for t in found))
+    search = _Search(fleet, demand, slo_s, gateways)
+    best = search.cold() if warm is None else search.warm(warm, changed=changed)
+    return evaluate(fleet, demand, slo_s, gateways, best, search.evaluations)
 
 
 def equal_mix(fleet: Fleet, demand: Demand) -> Array:
@@ -334,6 +307,64 @@ class _Objective:
             self, logits.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": 120, "ftol": tolerance}
         )
         return _softmax(result.x.reshape(shares.shape)), int(result.nfev)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A table on the way: the objective's value, the worst size class's attainment, and the shares."""
+
+    value: float
+    worst: float
+    shares: Array
+
+
+class _Search:
+    """Where `balanced` starts its descents, and which of their ends it takes; see `_GOOD`."""
+
+    def __init__(self, fleet: Fleet, demand: Demand, slo_s: float, gateways: int) -> None:
+        self._problem = fleet, demand, slo_s, gateways
+        self._mix = equal_mix(fleet, demand)
+        self.evaluations = 0
+
+    def cold(self) -> Array:
+        return self._cold().shares
+
+    def warm(self, last: Array, *, changed: bool) -> Array:
+        """`last`, or a table that is better by what is worth moving for. That is searched for coarsely first."""
+        stay = self._found(last)
+        best = self._descend(last, _COARSE)
+        if changed:
+            best = min(best, self._cold(), key=_value)
+        if best.worst < _GOOD:
+            best = min(best, self._descend((1 - _MELT) * last + _MELT * self._mix, _COARSE), key=_value)
+        if best.value > stay.value - _WORTH_MOVING:
+            return last
+        return self._descend(best.shares, _WARM).shares
+
+    def _cold(self) -> _Found:
+        best = self._descend(self._mix, _COLD)
+        if best.worst < _GOOD:
+            fleet, demand, _, _ = self._problem
+            best = min(best, self._descend((self._mix + equal_utilization(fleet, demand)) / 2, _COLD), key=_value)
+        return best
+
+    def _found(self, shares: Array) -> _Found:
+        objective = _Objective(*self._problem, shares)
+        return _Found(objective.at(shares), float(objective.attainments(shares)[0].min()), shares)
+
+    def _descend(self, shares: Array, tolerances: tuple[float, ...]) -> _Found:
+        for tolerance in tolerances:
+            before = shares
+            shares, used = _Objective(*self._problem, shares).minimise(shares, tolerance)
+            self.evaluations += used
+            if np.abs(shares - before).max() < _SMALL:
+                break
+        shares = np.where(shares < np.minimum(_SMALL, 0.1 * self._mix), 0, shares)
+        return self._found(shares / shares.sum(axis=1, keepdims=True))
+
+
+def _value(found: _Found) -> float:
+    return found.value
 
 
 def _softmax(logits: Array) -> Array:

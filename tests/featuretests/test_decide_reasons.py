@@ -524,7 +524,7 @@ def test_absurd_and_negative_signals_move_nobody_into_nonsense() -> None:
         absurd = EndpointSignals(*(Signal(value, at_s) for _ in dataclasses.fields(EndpointSignals)))
         arrivals = {name: Signal(value, at_s) for name in before.weights}
         rounds.decide(RouteSignals(arrivals, {e.id: absurd for e in rounds.route.endpoints[:6]}))
-    after = rounds.well(400)
+    after = rounds.well(150)
     assert not after.drained
     for size, row in before.weights.items():
         assert after.weights[size] == pytest.approx(row, abs=30)
