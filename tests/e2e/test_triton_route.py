@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,8 @@ async def test_the_faster_of_two_tritons_gets_more(tmp_path: Path, signals: str)
     """Both have the same profile; the slower one loses weight, explain shows its service time, nothing fails."""
     async with AsyncExitStack() as stack:
         tritons = [TritonProcess(tmp_path / "fast", FAST), TritonProcess(tmp_path / "slow", SLOW)]
-        await asyncio.gather(*(stack.enter_async_context(triton) for triton in tritons))
+        for triton in tritons:
+            await stack.enter_async_context(triton)
         fast, slow = (triton.address for triton in tritons)
         write_manifests(tmp_path / "manifests", [manifest_endpoint(triton) for triton in tritons], guard=GUARD)
         metrics = [triton.metrics for triton in tritons] if signals == "prometheus" else []
