@@ -12,7 +12,7 @@ import typer
 from meshctl.errors import InputError, MeshctlError
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
     from meshctl.sim.demo import Comparison
 
@@ -107,7 +107,8 @@ async def _live(load: float, seconds: float, seed: int, signals: Signals) -> Non
             screen.print(numbers(view.scene))  # the live screen goes with its end
 
 
-def _table(found: Comparison) -> Table:
+def _table(found: Comparison) -> Group:
+    from rich.console import Group
     from rich.table import Table
 
     from meshctl.sim.versus import ratio
@@ -121,5 +122,5 @@ def _table(found: Comparison) -> Table:
         table.add_row(f"  {size}", *(f"{policy.goodput_by_size.get(size, 0):.2%}" for policy in policies))
     table.add_row("requests", *(f"{policy.requests}, {policy.failed} failed" for policy in policies))
     shorter = ratio(found.before.p99_ms, found.after.p99_ms)
-    table.caption = f"p99 {shorter} times shorter; {found.load_rps:.0f} requests/s; {found.data_plane}; {found.signals}"
-    return table
+    what = f"p99 {shorter} times shorter; {found.load_rps:.0f} requests/s; {found.data_plane}; signals: {found.signals}"
+    return Group(table, what)
