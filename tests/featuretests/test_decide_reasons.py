@@ -109,6 +109,15 @@ def test_an_observed_slow_gpu_loses_weight() -> None:
     assert work_of(plan, endpoint(1)) >= work_of(before, endpoint(1)) - 1
 
 
+def test_a_slow_gpu_loses_weight_although_all_are_in_time() -> None:
+    """At a twentieth of the load nothing is late with any table: the mean time decides."""
+    rounds = Rounds(route())
+    before = rounds.well(30, load_ratio=0.05)
+    assert before.weights["large"][V100] > 300
+    plan = rounds.well(30, load_ratio=0.05, slow={V100: 2.0})
+    assert plan.weights["large"][V100] < 100
+
+
 def test_work_of_others_on_the_gpu_lowers_weights_before_latency_shows_it() -> None:
     """Utilisation above our own busy share, service times unchanged: the first round moves weight away."""
     rounds = settled()
