@@ -16,8 +16,11 @@ from meshctl.model import Policy
 SLO_S = 0.150
 
 
+ANY_LOAD = st.floats(0.01, 3.0)
+
+
 @st.composite
-def problems(draw: st.DrawFn, loads: Any = st.floats(0.01, 3.0)) -> tuple[Fleet, Demand]:
+def problems(draw: st.DrawFn, loads: Any = ANY_LOAD) -> tuple[Fleet, Demand]:
     """1 to 4 GPU classes, 1 to 3 sizes, loads from nothing to three times the capacity."""
     classes, sizes = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     base = [draw(st.floats(0.001, 0.05)) for _ in range(classes)]

@@ -138,7 +138,8 @@ def test_a_few_slow_endpoints_among_a_thousand_keep_their_part() -> None:
     table = weights.solve(
         Policy.BALANCED, Fleet(service, np.array([996.0, 4.0]), np.ones(2)), demand(0.7, servers_per_gpu=990), SLO_S
     )
-    assert (table.shares[:, 1].max() > 5e-4) and (table.utilization[1] > 0.1)
+    assert table.shares[:, 1].max() > 5e-4
+    assert table.utilization[1] > 0.1
 
 
 def test_hundreds_of_classes_have_a_table() -> None:
