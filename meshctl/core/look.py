@@ -94,6 +94,8 @@ def look_at(route: DesiredRoute, signals: RouteSignals, before: RouteMemory, now
         if frozen and ill.stuck_since_s is not None:
             ill = replace(ill, stuck_since_s=None)  # a hang must be seen throughout
         states[e.id] = ill if held else health.update(ill, e, of, spec.guard, longest, now_s)
+        if states[e.id].state is State.PROBATION and ill.state is State.DRAINED:
+            speed = _SPEED  # what was seen of it was the fault: the time that requests hung is no service time
         speeds[e.id] = speed
         reasons += [reason, *capacity.explain(e, speed, of, spec.guard, now_s), *_health_reasons(e, states[e.id])]
     arrivals = before.arrivals if frozen else demand.update(before.arrivals, signals, spec)
