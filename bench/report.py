@@ -157,8 +157,8 @@ class Report:
 
 
 def _number(value: float) -> str:
-    """Three significant digits, and all before the point."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    """Four significant digits, and all before the point: 99.96 % is not 100 %."""
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def progress(text: str) -> None:

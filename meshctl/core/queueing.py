@@ -101,10 +101,11 @@ class Workload:
     def __init__(self, service_s: Array, servers: Array, deadline_s: float, v: Array) -> None:
         self.service_s, self.servers, self._step_s = service_s, servers, deadline_s / CELLS
         damp = _RADIUS ** np.arange(_POINTS)
-        self._undamp = 1 / damp
-        circle = _RADIUS * np.exp(-2j * np.pi * np.arange(_POINTS) / _POINTS)
+        self._undamp = 1 / damp[: CELLS + 2]
+        # real series: half of the circle says it all
+        circle = _RADIUS * np.exp(-2j * np.pi * np.arange(_POINTS // 2 + 1) / _POINTS)
         self._cumulate = 1 / (1 - circle)
-        self._residual = np.fft.fft(self._residual_cells(v) * damp, axis=-1)
+        self._residual = np.fft.rfft(self._residual_cells(v) * damp, axis=-1)
 
     def _residual_cells(self, v: Array) -> Array:
         """(I, K, N): per unit of rate, the residual of a jump v*S/c at rate 1/v, split between a cell's two ends so
@@ -131,9 +132,9 @@ class Workload:
         rho_asked = (rates * used).sum(axis=1)
         scale = np.minimum(1, RHO_MAX / np.maximum(rho_asked, 1e-9))
         rates, rho = rates * scale[:, None], rho_asked * scale
-        series = 1 / (1 - np.einsum("ik,ikn->in", rates, self._residual))
-        sums = np.fft.ifft(series * self._cumulate, axis=-1).real * self._undamp
-        slopes = np.fft.ifft((series**2 * self._cumulate)[:, None] * self._residual, axis=-1).real * self._undamp
+        series = 1 / (1 - (rates[:, None, :] @ self._residual)[:, 0])
+        sums = self._on_lattice(series * self._cumulate)
+        slopes = self._on_lattice((series**2 * self._cumulate)[:, None] * self._residual)
         wait, wait_slope = self._wait_ratio(rho)
         results = []
         for d in deadlines:
@@ -148,6 +149,10 @@ class Workload:
                 df = np.where((scale < 1)[:, None, None], scaled, df)
             results.append((f, df))
         return results
+
+    def _on_lattice(self, transform: NDArray[np.complex128]) -> Array:
+        """The coefficients up to the deadline, and the one after it, of what is given on the circle."""
+        return np.asarray(np.fft.irfft(transform, n=_POINTS, axis=-1)[..., : CELLS + 2] * self._undamp)
 
     def _at(self, d: Deadline, sums: Array, slopes: Array, rho: Array, used: Array) -> tuple[Array, Array]:
         """Linear interpolation on the lattice; `sums` (I, N) and its slopes (I, K', N)."""

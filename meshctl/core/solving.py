@@ -69,6 +69,9 @@ def solve(
             warm = None if last is None else _warm(last, names, groups)
             changed = last is not None and last.key != key
             table = weights.solve(spec.policy, fleet, wanted, spec.slo_s, proxies, warm, changed=changed)
+            # solved for the forecast with headroom; what to expect, and so whether it is feasible, is without
+            spare = weights.Demand(wanted.rates / (1 + spec.guard.headroom_ratio), kinds)
+            table = weights.evaluate(fleet, spare, spec.slo_s, proxies, table.shares)
             last = _spread(look, names, groups, table, key, asked.rates)
         elif last is None:
             table = weights.evaluate(fleet, wanted, spec.slo_s, proxies, weights.equal_mix(fleet, wanted))

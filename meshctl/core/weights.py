@@ -229,7 +229,7 @@ class _Objective:
         self._portion = demand.rates / max(demand.rates.sum(), 1e-12)
         self._used = fleet.service_s / fleet.servers[:, None]
         total = np.maximum(self._kind_rates.sum(axis=0), 1e-12)
-        part = np.einsum("jk,ji,i->ik", self._kind_rates, shares, 1 / fleet.count) / total
+        part = self.rates(shares) / total
         self._v = dispersion(part, self.rates(shares), fleet.service_s, fleet.servers, slo_s, gateways)
         self._workload = Workload(fleet.service_s, fleet.servers, slo_s, self._v)
         self._deadlines = self._workload.deadline(slo_s), self._workload.deadline(_TAIL * slo_s)
@@ -237,7 +237,7 @@ class _Objective:
 
     def rates(self, shares: Array) -> Array:
         """(I, K) arrivals per second at one endpoint of each class."""
-        rates: Array = np.einsum("jk,ji,i->ik", self._kind_rates, shares, 1 / self._fleet.count)
+        rates: Array = shares.T @ self._kind_rates / self._fleet.count[:, None]
         return rates
 
     def attainments(self, shares: Array) -> tuple[Array, Array]:
@@ -246,15 +246,15 @@ class _Objective:
         return self._attainment(shares, f), self._attainment(shares, tail)
 
     def _attainment(self, shares: Array, f: Array) -> Array:
-        a: Array = np.einsum("ji,jk,ik->j", shares, self._demand.kinds, f)
+        a: Array = (shares * (self._demand.kinds @ f.T)).sum(axis=1)
         return a
 
     def _slope(self, shares: Array, f: Array, df: Array, by_attainment: Array) -> Array:
         """Gradient (J, I) in the shares, given the objective's `by_attainment` (J,)."""
         direct = by_attainment[:, None] * (self._demand.kinds @ f.T)
-        weight = np.einsum("j,ji,jk->ik", by_attainment, shares, self._demand.kinds)
-        by_rate = np.einsum("ik,ikm->im", weight, df) / self._fleet.count[:, None]
-        slope: Array = direct + np.einsum("im,jm->ji", by_rate, self._kind_rates)
+        weight = (by_attainment[:, None] * shares).T @ self._demand.kinds
+        by_rate = (weight[:, None, :] @ df)[:, 0] / self._fleet.count[:, None]
+        slope: Array = direct + self._kind_rates @ by_rate.T
         return slope
 
     def __call__(self, logits: Array) -> tuple[float, Array]:
@@ -293,11 +293,11 @@ class _Objective:
             self._v * self._used**2 / (2 * idle[:, None]) + wait[:, None] * self._used / idle[:, None]
         )
         by_rate *= (rho < _KNEE)[:, None]
-        mean_slope = self._portion[:, None] * sojourn + np.einsum("ik,jk->ji", by_rate, self._kind_rates)
+        mean_slope = self._portion[:, None] * sojourn + self._kind_rates @ by_rate.T
         over = np.maximum(rho - _KNEE, 0)
         value = _MEAN * np.log(mean / self._floor_s) + _PENALTY * float((over**2).sum())
         push = (2 * _PENALTY * over / self._fleet.count)[:, None] * self._used
-        return value, _MEAN * mean_slope / mean + np.einsum("ik,jk->ji", push, self._kind_rates)
+        return value, _MEAN * mean_slope / mean + self._kind_rates @ push.T
 
     def minimise(self, shares: Array, tolerance: float) -> tuple[Array, int]:
         """The table that L-BFGS reaches from `shares`, and the evaluations it took. It stops when a step gains less
