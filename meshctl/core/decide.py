@@ -123,7 +123,9 @@ def _move(look: Look, solved: Solved, before: RouteMemory, now_s: float, *, susp
     if suspended:
         why = Reason(ReasonCode.SUSPENDED, subject, "spec.suspend: weights stay as they are")
         return _Move(now, repaired, (why,))
-    if look.frozen:  # blind: also in mid-shift, and after a restart until the first signals
+    # blind: also in mid-shift, and after a restart until the first signals; or just restarted, when all that may be
+    # put in force is what was, however long the restart took
+    if look.frozen or before.plan is None:
         return _Move(now, repaired, shifting=before.shifting)
     apart = guard.largest_change(now, target)
     going_on = before.shifting and before.solved is not None and before.solved.target is target
