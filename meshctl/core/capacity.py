@@ -37,6 +37,8 @@ _SLOWDOWN = (0.2, 50.0)
 _FOREIGN_MAX = 0.95
 _FOREIGN_NOTICED, _FOREIGN_FORGOTTEN = 0.1, 0.05
 """Apart, so that a share that wobbles about one of them does not move traffic to and fro."""
+_OWN_NEW_WORK = 0.4
+"""Within a moment of a move, a rise of the utilisation up to this is taken for our own new work; more is somebody's."""
 _PRIOR = ServiceProfile(((1.0, 0.010), (2.0, 0.011)))
 """Where no GPU of the route has a profile: the order of magnitude of a small vision model. Observation corrects it."""
 
@@ -88,7 +90,10 @@ def update(
     if frozen:
         return before
     observed = follow(before.observed, _ratio(profile, signals), guard.smoothing_s, _jump(before.observed))
-    foreign = before.foreign if moved else follow(before.foreign, _foreign(signals, guard), guard.smoothing_s, 0.15)
+    seen = _foreign(signals, guard)
+    known = before.foreign.value if before.foreign is not None else 0.0
+    ours = moved and (seen.value is None or seen.value < known + _OWN_NEW_WORK)
+    foreign = before.foreign if ours else follow(before.foreign, seen, guard.smoothing_s, 0.15)
     window = guard.stale_after_s, guard.decay_s
     used = believed(observed, 1.0, now_s, *window)
     taken = min(believed(foreign, 0.0, now_s, *window), _FOREIGN_MAX)
