@@ -8,9 +8,9 @@ minimises, over the rows of P (one simplex per size class, kept by softmax),
 
 The 4-norm is a soft maximum. In logarithms the terms trade relative gains: while some class misses the SLO the first
 decides; once all are within eps = 0.001 it is flat, and the tail at 60 % of the SLO (f') and the mean time take over,
-which is the second objective, lower latency. Rejected, each measured by the event simulation (docs/benchmarks.md):
+which is the second objective, lower latency. Rejected, each measured (docs/decisions/0001):
 total goodput alone (starves the large batches), the tail with a fixed weight instead of its logarithm (does so too,
-as soon as no table can serve all), the worst class alone (runs the slow GPUs at 97 %: p99 a tenth worse at 80 % load).
+as soon as no table can serve all), the worst class alone (runs the slow GPUs at 97 %).
 
 L-BFGS with the analytic gradient needs 50-100 evaluations of 0.15 ms. The dispersion of `queueing` depends on P, and
 is frozen during a descent and renewed between descents. Deterministic; warm-started from the last table.
