@@ -7,7 +7,7 @@
 .DELETE_ON_ERROR:
 
 BIN := .venv/bin
-CODE := meshctl xds bench tests
+CODE := meshctl xds istio bench tests
 
 setup:
 	@scripts/setup.sh

@@ -69,6 +69,18 @@ class SizeClass:
 
 
 @dataclass(frozen=True, slots=True)
+class Workload:
+    """The Kubernetes pod behind an endpoint: what a mesh needs to know of whom it talks to."""
+
+    namespace: str
+    name: str
+    node: str = ""
+    labels: tuple[tuple[str, str], ...] = ()
+    """Ordered by key."""
+    service_account: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """One inference server on one GPU."""
 
@@ -85,6 +97,10 @@ class Endpoint:
     """Requests served at once: instance-group count, or MPS share holders behind one address."""
     ready: bool = True
     """False: gets no new requests (not ready, or terminating)."""
+    locality: str = ""
+    """``region/zone``, as far as it is known."""
+    workload: Workload | None = None
+    """None for static endpoints."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +145,29 @@ class Guard:
 
 
 @dataclass(frozen=True, slots=True)
+class Retry:
+    """What a proxy may send again, to another endpoint (spec.retry)."""
+
+    attempts: int = 2
+    """After the first try; 0: none."""
+    per_try_timeout_s: float | None = None
+    """None: the route's own timeout."""
+    idempotent: bool = False
+    """False: only what no server can have begun is sent again (connection refused, reset before the request)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The Kubernetes object that a route comes from."""
+
+    uid: str
+    generation: int
+    """metadata.generation, for observedGeneration."""
+    resumed_at: str = ""
+    """Annotation ``meshctl.io/resumed-at``: a new value takes back what others changed in our objects, once."""
+
+
+@dataclass(frozen=True, slots=True)
 class RouteSpec:
     """One ModelRoute, validated and defaulted."""
 
@@ -152,6 +191,20 @@ class RouteSpec:
     guard: Guard = field(default_factory=Guard)
     suspend: bool = False
     generation: int = 1
+    gateways: tuple[str, ...] = ()
+    """Istio gateways (``namespace/name`` or ``mesh``) whose root VirtualService we write."""
+    delegate: bool = False
+    """Git owns the root VirtualService; ours has no hosts and no gateways, and is named by it."""
+    retry: Retry = field(default_factory=Retry)
+    warm_up_s: float = 10.0
+    """A new endpoint's share grows to its full size over this time; 0: at once."""
+    origin: Origin | None = None
+    """None: not from Kubernetes."""
+
+    @property
+    def meshed(self) -> bool:
+        """Served through Istio (and not only by our own xDS server)."""
+        return self.delegate or bool(self.gateways)
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +316,10 @@ class RouteSignals:
 NO_SIGNALS = RouteSignals()
 
 
+Weights = Mapping[str, Mapping[EndpointId, int]]
+"""Size class -> endpoint -> integer weight."""
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """One instant of everything that a decision may depend on."""
@@ -271,6 +328,10 @@ class Snapshot:
     signals: Mapping[RouteId, RouteSignals]
     gateways: int = 1
     """Proxies that take part in balancing, each seeing only its own requests; at least 1."""
+    in_force: Mapping[RouteId, Weights] = field(default_factory=lambda: MappingProxyType({}))
+    """What the mesh serves now, as read back from it; a route without an entry is not there yet."""
+    leading: bool = True
+    """False: another replica decides; what is in force is taken over as it is."""
 
 
 # ---------------------------------------------------------------------------------------------------------- decision
@@ -321,6 +382,7 @@ class ReasonCode(StrEnum):
     DWELL = "Dwell"
     STEP_LIMITED = "StepLimited"
     SUSPENDED = "Suspended"
+    FOLLOWING = "Following"
     QUARANTINED = "Quarantined"
 
 
@@ -353,7 +415,7 @@ class RoutePlan:
     (or is all zero when there is no endpoint at all), with every endpoint of the route named."""
 
     route: DesiredRoute
-    weights: Mapping[str, Mapping[EndpointId, int]]
+    weights: Weights
     load_balancer: LoadBalancer
     attainment: Mapping[str, float]
     """Expected share of each size class answered within the SLO, 0..1."""
@@ -399,3 +461,7 @@ class DataPlaneStatus:
     """Content hash of the newest published state."""
     quarantined: Mapping[RouteId, str] = field(default_factory=lambda: MappingProxyType({}))
     """Routes whose newest resources were refused, with the proxy's words; their last good ones stay."""
+    waiting: Mapping[RouteId, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Routes whose newest state is not in force yet, and what it waits for."""
+    conflicts: Mapping[RouteId, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Routes of which somebody else owns or changed an object: who, which, and what to do. Nothing of it is written."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from meshctl.model import DataPlaneStatus, DesiredRoute, Plan, Problem, RouteId, RouteSignals
 
@@ -55,6 +55,52 @@ class Actuator(Protocol):
 
     def status(self) -> DataPlaneStatus: ...
     async def stop(self) -> None: ...
+
+
+class ObjectKey(NamedTuple):
+    """A Kubernetes object of a kind that meshctl knows."""
+
+    kind: str
+    """``VirtualService``; each kind stands for one API group and version."""
+    namespace: str
+    """"" for cluster-scoped kinds."""
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.namespace}/{self.name}" if self.namespace else f"{self.kind} {self.name}"
+
+
+KubeObject = Mapping[str, Any]
+"""An object as its JSON says it: apiVersion, kind, metadata, spec, status. Never changed in place."""
+
+
+class Objects(Protocol):
+    """Kubernetes objects: a watched copy to read from, the API server to write to.
+
+    The copy may be behind; what `apply` returned is at once in it. Writing raises `FieldConflictError`, `RefusedError`
+    or `UnavailableError` (meshctl.errors), and has then changed nothing (or, when the answer was lost, all of it).
+    """
+
+    def find(self, key: ObjectKey) -> KubeObject | None: ...
+    def every(self, kind: str) -> Mapping[ObjectKey, KubeObject]:
+        """All that are watched of one kind."""
+        ...
+
+    def missing(self, kind: str) -> str:
+        """Why not every object of the kind is known (not listed yet, no such kind ...); "" when it is."""
+        ...
+
+    async def apply(self, wanted: KubeObject, *, force: bool = False) -> KubeObject:
+        """Server-side apply with field manager ``meshctl``; the object as it then is."""
+        ...
+
+    async def delete(self, key: ObjectKey, uid: str) -> None:
+        """Delete the object with this UID; one that is gone, or is another one by now, is no error."""
+        ...
+
+    async def wait_changed(self) -> None:
+        """Returns at the next change of any watched object, or of `missing`."""
+        ...
 
 
 class Clock(Protocol):

@@ -1,0 +1,1 @@
+"""Which write comes next: make before break, as a pure function."""
