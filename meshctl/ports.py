@@ -103,6 +103,26 @@ class Objects(Protocol):
         ...
 
 
+class ObjectStatus(Protocol):
+    """What meshctl tells people on Kubernetes objects. Both raise `RefusedError` or `UnavailableError` (and `apply_status`
+    `FieldConflictError` never: status is ours, it is forced)."""
+
+    async def apply_status(self, wanted: KubeObject) -> KubeObject:
+        """Server-side apply of the status subresource, field manager ``meshctl-status``, forced; the object as it then is.
+
+        `wanted` has apiVersion, kind, metadata {namespace, name, and uid when known} and the whole status: a field of the
+        status that it leaves out is removed. An object that is gone is a `RefusedError`: none is created.
+        """
+        ...
+
+    async def post_event(self, about: ObjectKey, uid: str, type_: str, reason: str, message: str, action: str) -> None:
+        """Create an Event (events.k8s.io/v1, `regarding` this object, reportingController ``meshctl.io/controller``).
+
+        `type_` is Normal or Warning; `reason` (128 characters at most), `action` CamelCase; `message` 1024 characters at most.
+        """
+        ...
+
+
 class Clock(Protocol):
     """Monotonic seconds. The only clock of the decision."""
 
