@@ -104,21 +104,20 @@ class Objects(Protocol):
 
 
 class ObjectStatus(Protocol):
-    """What meshctl tells people on Kubernetes objects. Both raise `RefusedError` or `UnavailableError` (and `apply_status`
-    `FieldConflictError` never: status is ours, it is forced)."""
+    """What meshctl tells people on Kubernetes objects. Both raise `RefusedError` or `UnavailableError`."""
 
     async def apply_status(self, wanted: KubeObject) -> KubeObject:
-        """Server-side apply of the status subresource, field manager ``meshctl-status``, forced; the object as it then is.
+        """Server-side apply of the status subresource, forced, field manager ``meshctl-status``; the object it then is.
 
-        `wanted` has apiVersion, kind, metadata {namespace, name, and uid when known} and the whole status: a field of the
-        status that it leaves out is removed. An object that is gone is a `RefusedError`: none is created.
+        `wanted` has apiVersion, kind, metadata {namespace, name, uid} and the whole status: what it leaves out of what
+        was applied before is removed. An object that is gone is a `RefusedError`: none is created.
         """
         ...
 
     async def post_event(self, about: ObjectKey, uid: str, type_: str, reason: str, message: str, action: str) -> None:
-        """Create an Event (events.k8s.io/v1, `regarding` this object, reportingController ``meshctl.io/controller``).
+        """Create an Event (events.k8s.io/v1) `regarding` this object, reportingController ``meshctl.io/controller``.
 
-        `type_` is Normal or Warning; `reason` (128 characters at most), `action` CamelCase; `message` 1024 characters at most.
+        `type_` is Normal or Warning; `reason` and `action` are CamelCase, 128 characters at most, `message` 1024.
         """
         ...
 
