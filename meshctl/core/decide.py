@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from meshctl.core import guard
 from meshctl.core.capacity import Speed
 from meshctl.core.health import State
+from meshctl.core.inforce import adopted
 from meshctl.core.look import RECHECK_S, Look, anything_fresh, due_s, look_at
 from meshctl.core.memory import Memory, RouteMemory, Solved
 from meshctl.core.solving import INTERIM, SOLVES, Budget, solve
@@ -47,13 +48,15 @@ def decide(snapshot: Snapshot, memory: Memory, now_s: float) -> tuple[Plan, Memo
     gateways = max(1, snapshot.gateways)
     budget = Budget(SOLVES)
     for route_id in sorted(snapshot.routes, key=lambda r: _waits(memory.routes.get(r, _NEW)), reverse=True):
-        before, route = memory.routes.get(route_id, _NEW), snapshot.routes[route_id]
+        route, live = snapshot.routes[route_id], snapshot.in_force.get(route_id)
+        before = adopted(memory.routes.get(route_id, _NEW), route, live, now_s, leads=snapshot.leading)
+        hold = _hold(route, before, follows=live is not None and not snapshot.leading)
         signals = snapshot.signals.get(route_id, NO_SIGNALS)
         after = before
         if not (
             before.route is route and before.signals is signals and before.gateways == gateways and now_s < before.due_s
         ):
-            after = _decide_route(route, signals, gateways, before, now_s, budget)
+            after = _decide_route(route, signals, gateways, before, now_s, budget, hold)
         if after.plan is None:
             raise AssertionError(f"{route_id}: decided nothing")
         decided[route_id] = after, after.plan
@@ -69,13 +72,27 @@ def _waits(before: RouteMemory) -> bool:
     return before.solved is not None and before.solved.key == INTERIM
 
 
+def _hold(route: DesiredRoute, before: RouteMemory, *, follows: bool) -> Reason | None:
+    """Why the weights stay as they are, whatever is seen; None when they may move."""
+    if follows:
+        return Reason(ReasonCode.FOLLOWING, str(route.spec.id), "another replica leads: what it put in force is kept")
+    if route.spec.suspend and before.current:
+        return Reason(ReasonCode.SUSPENDED, str(route.spec.id), "spec.suspend: weights stay as they are")
+    return None
+
+
 def _decide_route(
-    route: DesiredRoute, signals: RouteSignals, gateways: int, before: RouteMemory, now_s: float, budget: Budget
+    route: DesiredRoute,
+    signals: RouteSignals,
+    gateways: int,
+    before: RouteMemory,
+    now_s: float,
+    budget: Budget,
+    hold: Reason | None,
 ) -> RouteMemory:
     look = look_at(route, signals, before, now_s)
-    suspended = route.spec.suspend and bool(before.current)
-    solved, reasons = solve(look, gateways, before, budget, now_s, suspended=suspended)
-    move = _move(look, solved, before, now_s, suspended=suspended)
+    solved, reasons = solve(look, gateways, before, budget, now_s, suspended=hold is not None)
+    move = _move(look, solved, before, now_s, hold)
     plan = _plan(look, solved, move.table, before, (*reasons, *move.reasons, *look.reasons))
     settled = guard.largest_change(move.table, solved.target) <= route.spec.guard.dead_band_ratio
     calm = (
@@ -113,16 +130,15 @@ class _Move:
     shifting: bool = False
 
 
-def _move(look: Look, solved: Solved, before: RouteMemory, now_s: float, *, suspended: bool) -> _Move:
+def _move(look: Look, solved: Solved, before: RouteMemory, now_s: float, hold: Reason | None) -> _Move:
     spec, target = look.route.spec, solved.target
     if not before.current or not look.usable:
         return _Move(target, moved=before.current != target)
     now = _repaired(look, before, target)
     repaired = guard.distance(now, before.current) > 1e-9
     subject = str(spec.id)
-    if suspended:
-        why = Reason(ReasonCode.SUSPENDED, subject, "spec.suspend: weights stay as they are")
-        return _Move(now, repaired, (why,))
+    if hold is not None:
+        return _Move(now, repaired, (hold,))
     # blind: also in mid-shift, and after a restart until the first signals; or just restarted, when all that may be
     # put in force is what was, however long the restart took
     if look.frozen or before.plan is None:

@@ -16,6 +16,7 @@ import numpy as np
 
 from meshctl.core import capacity, demand, guard, weights
 from meshctl.core.health import State
+from meshctl.core.inforce import IN_FORCE
 from meshctl.core.look import PROBATION, Look
 from meshctl.core.memory import RouteMemory, Solved
 from meshctl.core.queueing import Array
@@ -62,6 +63,8 @@ def solve(
     key = _key(look, groups, fleet, proxies)
     if last is not None and not _names_fit(last, names, look):
         last = None
+    if last is not None and last.key == IN_FORCE:
+        last = _evaluated(last, weights.Demand(np.array([asked.rates[n] for n in names]), kinds), look, fleet, proxies)
     holds = last is not None and last.key == key and _work_moved(last, asked.rates, fleet, kinds) < _WORK_BAND
     if last is None or not (holds or suspended or look.frozen):
         wanted = weights.Demand(np.array([asked.rates[n] for n in names]), kinds)
@@ -79,6 +82,17 @@ def solve(
         else:
             last = _waiting(last, look)
     return last, (*asked.reasons, _verdict(spec.policy, spec.percentile, last, proxies, known=asked.known))
+
+
+def _evaluated(last: Solved, wanted: weights.Demand, look: Look, fleet: weights.Fleet, proxies: int) -> Solved:
+    """A table that was found in force, with what to expect of it."""
+    groups, names = _groups(look), tuple(last.target)
+    spec = look.route.spec
+    spare = weights.Demand(wanted.rates / (1 + spec.guard.headroom_ratio), wanted.kinds)
+    table = weights.evaluate(fleet, spare, spec.slo_s, proxies, _warm(last, names, groups))
+    used = {e: float(table.utilization[i]) for i, members in enumerate(groups.values()) for e in members}
+    attained = {n: float(a) for n, a in zip(names, table.attainment, strict=True)}
+    return replace(last, attainment=attained, utilization=used)
 
 
 def _waiting(last: Solved, look: Look) -> Solved:

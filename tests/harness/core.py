@@ -114,12 +114,16 @@ class Rounds:
     memory: Memory = field(default_factory=Memory)
     plan: RoutePlan | None = None
     moves: int = 0
+    in_force: Weights | None = None
+    """What the mesh serves; None: nothing is read back from it."""
+    leading: bool = True
 
     def decide(self, signals: RouteSignals, after_s: float = 1.0) -> RoutePlan:
         """One round, `after_s` after the last."""
         self.now_s += after_s
         route_id = self.route.spec.id
-        snapshot = Snapshot({route_id: self.route}, {route_id: signals}, self.gateways)
+        in_force = {} if self.in_force is None else {route_id: self.in_force}
+        snapshot = Snapshot({route_id: self.route}, {route_id: signals}, self.gateways, in_force, self.leading)
         plan, self.memory = decide(snapshot, self.memory, self.now_s)
         new = plan.routes[route_id]
         check(new)
