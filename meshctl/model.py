@@ -450,6 +450,8 @@ class ProxyStatus:
     """It acknowledged everything that was published."""
     error: str = ""
     """The text of its last NACK, "" when none is outstanding."""
+    mesh: bool = False
+    """Configured by istiod: it serves the meshed routes, and no others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -74,7 +74,8 @@ def _tree(view: RouteView) -> Tree:
 
 def _conditions(root: Tree, view: RouteView) -> None:
     for condition in view.conditions:
-        colour = {"True": "green", "False": "red"}.get(condition.status, "yellow")
+        good, bad = ("False", "True") if condition.type == "Conflict" else ("True", "False")
+        colour = {good: "green", bad: "red"}.get(condition.status, "yellow")
         root.add(f"[{colour}]{condition.type}={condition.status}[/] {condition.reason}: {escape(condition.message)}")
 
 

@@ -5,10 +5,13 @@
 | Resolved | endpoints and profiles found, input is good | newer input is bad, or no endpoint | |
 | MetricsFresh | every endpoint measured lately | some are stale or never measured | nothing measured yet |
 | SLOFeasible | every size class is expected to meet it | some can't; best figure in the message | no endpoint |
-| Programmed | every proxy acknowledged everything | refused, or not acknowledged yet | no proxy connected |
+| Programmed | every proxy acknowledged everything | refused, held up, or not acknowledged yet | no proxy is known |
+| Conflict | somebody else owns or changed an object | nobody does | |
 | Ready | served as decided | can't be served as decided | no proxy connected |
 
-A missed SLO or missing metrics do not make a route unready: it is served, only less well.
+A missed SLO or missing metrics do not make a route unready: it is served, only less well. Neither does a mesh whose
+proxies can't be asked: what was written is as good as served, and the reason says that nobody has confirmed it. A
+proxy counts for the routes that it can serve: one that istiod configures for the meshed ones, ours for the others.
 """
 
 from __future__ import annotations
@@ -36,12 +39,19 @@ class ConditionType(StrEnum):
     METRICS_FRESH = "MetricsFresh"
     SLO_FEASIBLE = "SLOFeasible"
     PROGRAMMED = "Programmed"
+    CONFLICT = "Conflict"
 
 
 class Status(StrEnum):
     TRUE = "True"
     FALSE = "False"
     UNKNOWN = "Unknown"
+
+
+INVALID_INPUT = "InvalidInput"
+CONFLICT = "ForeignChange"
+PENDING = "Pending"
+NOT_CONFIRMED = "NotConfirmed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +79,16 @@ def conditions(
         _metrics_fresh(plan, signals or NO_SIGNALS, now_s),
         _slo_feasible(plan),
         programmed,
+        _conflict(plan, dataplane),
+    )
+
+
+def unusable(problems: Sequence[Problem]) -> tuple[Condition, ...]:
+    """The conditions of a route of which no version could ever be used. `problems` are its own."""
+    said = "; ".join(f"{problem.where}: {problem.message}" for problem in problems)
+    return (
+        Condition(ConditionType.READY, Status.FALSE, INVALID_INPUT, "not served: no version of it is valid"),
+        Condition(ConditionType.RESOLVED, Status.FALSE, INVALID_INPUT, said),
     )
 
 
@@ -103,7 +123,7 @@ def _resolved(plan: RoutePlan, problems: Sequence[Problem]) -> Condition:
         text = f"no ModelProfile for {route.spec.model} on {', '.join(missing)}: a guess stands in for it"
         return condition(Status.FALSE, ReasonCode.NO_PROFILE, text + said)
     if problems:
-        return condition(Status.FALSE, "InvalidInput", f"the last good version is in force{said}")
+        return condition(Status.FALSE, INVALID_INPUT, f"the last good version is in force{said}")
     return condition(Status.TRUE, "Resolved", f"{len(route.endpoints)} endpoints, {len(route.profiles)} profiles")
 
 
@@ -142,26 +162,50 @@ def _programmed(plan: RoutePlan, dataplane: DataPlaneStatus) -> Condition:
     def condition(status: Status, reason: str, message: str) -> Condition:
         return Condition(ConditionType.PROGRAMMED, status, reason, message)
 
-    refused = dataplane.quarantined.get(plan.route.spec.id)
+    spec = plan.route.spec
+    refused = dataplane.quarantined.get(spec.id)
     if refused is not None:
-        return condition(Status.FALSE, ReasonCode.QUARANTINED, f"a proxy refused the newest state: {refused}")
-    if not dataplane.proxies:
+        return condition(Status.FALSE, ReasonCode.QUARANTINED, f"the newest state was refused: {refused}")
+    if spec.id in dataplane.conflicts:
+        return condition(Status.FALSE, CONFLICT, "nothing is written while the conflict lasts")
+    waiting = dataplane.waiting.get(spec.id)
+    if waiting is not None:
+        return condition(Status.FALSE, PENDING, f"not in force yet: {waiting}")
+    proxies = [proxy for proxy in dataplane.proxies if proxy.mesh == spec.meshed]
+    if not proxies:
+        if spec.meshed:
+            return condition(Status.UNKNOWN, NOT_CONFIRMED, "written, but no gateway is known that could confirm it")
         return condition(Status.UNKNOWN, "NoProxies", "no proxy is connected")
-    late = sorted(proxy.node for proxy in dataplane.proxies if not proxy.synced)
-    if late:
-        return condition(Status.FALSE, "Pending", f"not acknowledged yet by {_few(late)}")
-    return condition(Status.TRUE, "Acknowledged", f"by {len(dataplane.proxies)} proxies")
+    late = sorted(proxy.node for proxy in proxies if not proxy.synced)
+    if late and not spec.meshed:  # what a gateway lacks of a meshed route is in `waiting`
+        return condition(Status.FALSE, PENDING, f"not acknowledged yet by {_few(late)}")
+    return condition(Status.TRUE, "Acknowledged", f"by {len(proxies)} proxies")
+
+
+def _conflict(plan: RoutePlan, dataplane: DataPlaneStatus) -> Condition:
+    said = dataplane.conflicts.get(plan.route.spec.id)
+    if said is not None:
+        return Condition(ConditionType.CONFLICT, Status.TRUE, CONFLICT, said)
+    return Condition(ConditionType.CONFLICT, Status.FALSE, "NoConflict", "nobody else owns or changed its objects")
 
 
 def _ready(plan: RoutePlan, resolved: Condition, programmed: Condition) -> Condition:
-    ready = ConditionType.READY
+    def condition(status: Status, reason: str, message: str) -> Condition:
+        return Condition(ConditionType.READY, status, reason, message)
+
     if not plan.route.endpoints:
-        return Condition(ready, Status.FALSE, resolved.reason, resolved.message)
+        return condition(Status.FALSE, resolved.reason, resolved.message)
     if plan.drained.issuperset(endpoint.id for endpoint in plan.route.endpoints):
-        return Condition(ready, Status.FALSE, ReasonCode.ALL_DRAINED, "every endpoint fails or hangs")
+        return condition(Status.FALSE, ReasonCode.ALL_DRAINED, "every endpoint fails or hangs")
+    if programmed.reason == CONFLICT:
+        return condition(Status.FALSE, CONFLICT, "served as the live objects say, not as decided: see Conflict")
+    if programmed.status is not Status.TRUE and programmed.reason != NOT_CONFIRMED:
+        return condition(programmed.status, programmed.reason, programmed.message)
+    if plan.route.spec.suspend:
+        return condition(Status.TRUE, ReasonCode.SUSPENDED, "served with the weights held: spec.suspend is true")
     if programmed.status is not Status.TRUE:
-        return Condition(ready, programmed.status, programmed.reason, programmed.message)
-    return Condition(ready, Status.TRUE, "Served", "weights are in force in every proxy")
+        return condition(Status.TRUE, NOT_CONFIRMED, f"weights are {programmed.message}")
+    return condition(Status.TRUE, "Served", "weights are in force in every proxy")
 
 
 def _few(names: Sequence[str], limit: int = 5) -> str:

@@ -34,10 +34,10 @@ class State:
 
     def problems(self) -> dict[str, tuple[Problem, ...]]:
         """Everything that is wrong, by where it comes from."""
-        quarantined = sorted(self.dataplane.quarantined.items())
+        refused = sorted([*self.dataplane.quarantined.items(), *self.dataplane.conflicts.items()])
         return {
             "controller": self.failures,
-            "dataplane": tuple(Problem(f"route {route}", text, route) for route, text in quarantined)
+            "dataplane": tuple(Problem(f"route {route}", text, route) for route, text in refused)
             + tuple(Problem(f"proxy {p.node}", p.error) for p in self.dataplane.proxies if p.error),
             "manifests": self.desired.problems,
             "signals": self.observed.problems,

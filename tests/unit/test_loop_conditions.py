@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from meshctl.controller.conditions import ConditionType, Status, conditions
+from meshctl.controller.conditions import ConditionType, Status, conditions, unusable
 from meshctl.core.decide import Memory, decide
 from meshctl.model import (
     DataPlaneStatus,
@@ -50,14 +50,23 @@ def _measured(*at_s: float | None) -> RouteSignals:
 FRESH = _measured(NOW_S, NOW_S - 1)
 READY, RESOLVED, METRICS = ConditionType.READY, ConditionType.RESOLVED, ConditionType.METRICS_FRESH
 FEASIBLE, PROGRAMMED = ConditionType.SLO_FEASIBLE, ConditionType.PROGRAMMED
+CONFLICT, ROUTE = ConditionType.CONFLICT, RouteId("demo/resnet")
 BROKEN = Problem("a.yaml:3:1", "unknown field", RouteId("demo/resnet"))
 FOREIGN = Problem("b.yaml:1:1", "unknown field", RouteId("demo/other"))
+
+
+def _meshed(**told: Mapping[RouteId, str]) -> dict[str, Any]:
+    """A route behind one gateway that has acknowledged everything, of which the data plane tells this."""
+    gateway = ProxyStatus("gw-0.istio-system", "", synced=True, mesh=True)
+    plan = _plan(route=desired_route(gateways=("istio-system/gateway",)))
+    return {"plan": plan, "dataplane": DataPlaneStatus((gateway,), **told)}
 
 
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
-        pytest.param({}, dict.fromkeys(ConditionType, (Status.TRUE, None)), id="all is well"),
+        pytest.param({}, {**dict.fromkeys(ConditionType, (Status.TRUE, None)), CONFLICT: (Status.FALSE, "NoConflict")},
+                     id="all is well"),
         pytest.param({"problems": [FOREIGN]}, {RESOLVED: (Status.TRUE, None)}, id="another route's problem"),
         pytest.param({"problems": [BROKEN]}, {RESOLVED: (Status.FALSE, "InvalidInput"), READY: (Status.TRUE, None)},
                      id="newer input is bad, the last good one is served"),
@@ -80,6 +89,23 @@ FOREIGN = Problem("b.yaml:1:1", "unknown field", RouteId("demo/other"))
                      {PROGRAMMED: (Status.FALSE, "Quarantined"), READY: (Status.FALSE, "Quarantined")}, id="refused"),
         pytest.param({"plan": _plan(drained=frozenset(e.id for e in _plan().route.endpoints))},
                      {READY: (Status.FALSE, "AllDrained")}, id="every endpoint drained"),
+        pytest.param(_meshed(), {PROGRAMMED: (Status.TRUE, "Acknowledged"), CONFLICT: (Status.FALSE, "NoConflict"),
+                     READY: (Status.TRUE, "Served")}, id="a mesh has it"),
+        pytest.param({**_meshed(), "dataplane": SYNCED},
+                     {PROGRAMMED: (Status.UNKNOWN, "NotConfirmed"), READY: (Status.TRUE, "NotConfirmed")},
+                     id="written, and no gateway can be asked; our own proxies do not serve it"),
+        pytest.param({"dataplane": _meshed()["dataplane"]}, {PROGRAMMED: (Status.UNKNOWN, "NoProxies")},
+                     id="a gateway does not serve what is not meshed"),
+        pytest.param(_meshed(waiting={ROUTE: "istiod's word"}),
+                     {PROGRAMMED: (Status.FALSE, "Pending"), READY: (Status.FALSE, "Pending")}, id="held up"),
+        pytest.param(_meshed(waiting={RouteId("demo/other"): "x"}), {PROGRAMMED: (Status.TRUE, None)},
+                     id="another route is held up"),
+        pytest.param(_meshed(conflicts={ROUTE: "kubectl-edit has it"}),
+                     {CONFLICT: (Status.TRUE, "ForeignChange"), PROGRAMMED: (Status.FALSE, "ForeignChange"),
+                      READY: (Status.FALSE, "ForeignChange"), RESOLVED: (Status.TRUE, None)},
+                     id="somebody else's change"),
+        pytest.param({"plan": _plan(route=desired_route(suspend=True))}, {READY: (Status.TRUE, "Suspended")},
+                     id="suspended"),
     ],
 )  # fmt: skip
 def test_conditions_say_what_is_so(
@@ -98,6 +124,21 @@ def test_the_message_of_a_refusal_has_the_proxys_words() -> None:
     """What the proxy said is what a person needs."""
     found = {c.type: c for c in conditions(_plan(), FRESH, REFUSED, [], NOW_S)}
     assert "bad [weight]" in found[PROGRAMMED].message
+
+
+def test_a_conflict_is_told_in_the_writers_words_and_what_is_served_meanwhile() -> None:
+    """Who and what stands in Conflict; Ready says that what is live is served."""
+    case = _meshed(conflicts={ROUTE: "kubectl-edit changed spec.http"})
+    found = {c.type: c for c in conditions(case["plan"], FRESH, case["dataplane"], [], NOW_S)}
+    assert found[CONFLICT].message == "kubectl-edit changed spec.http"
+    assert "served as the live objects say" in found[READY].message
+
+
+def test_a_route_that_was_never_valid_has_its_faults_in_words() -> None:
+    """There is no plan to speak of: Ready and Resolved say why."""
+    ready, resolved = unusable([BROKEN])
+    assert (ready.type, ready.status, ready.reason) == (READY, Status.FALSE, "InvalidInput")
+    assert (resolved.type, resolved.status, resolved.message) == (RESOLVED, Status.FALSE, "a.yaml:3:1: unknown field")
 
 
 def test_an_unmet_slo_names_the_worst_size_and_its_figure() -> None:
