@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from meshctl.model import DataPlaneStatus, DesiredRoute, Plan, Problem, RouteId, RouteSignals
+from meshctl.model import DataPlaneStatus, DesiredRoute, Plan, Problem, RouteId, RouteSignals, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,18 @@ class Actuator(Protocol):
 
     def status(self) -> DataPlaneStatus: ...
     async def stop(self) -> None: ...
+
+
+class Replicas(Protocol):
+    """This replica among others that do the same."""
+
+    def leading(self) -> bool:
+        """Whether this one writes; the others follow what is in force."""
+        ...
+
+    def in_force(self) -> Mapping[RouteId, Weights]:
+        """What the mesh serves now, by route; one without an entry is not there, or not whole."""
+        ...
 
 
 class ObjectKey(NamedTuple):

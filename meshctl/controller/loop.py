@@ -30,7 +30,7 @@ from meshctl.controller.metrics import Metrics
 from meshctl.controller.state import State
 from meshctl.core.decide import Memory, decide
 from meshctl.model import Plan, Problem, Snapshot
-from meshctl.ports import Actuator, Clock, Desired, Observed, SignalSource, Source
+from meshctl.ports import Actuator, Clock, Desired, Observed, Replicas, SignalSource, Source
 
 log = structlog.get_logger(__name__)
 
@@ -60,9 +60,13 @@ class Loop:
         checkpoint: Checkpoint | None = None,
         metrics: Metrics | None = None,
         dataplane_changed: Callable[[], Awaitable[None]] | None = None,
+        replicas: Replicas | None = None,
+        reconciled: Callable[[State], None] | None = None,
         decider: Decider = decide,
     ) -> None:
-        """`dataplane_changed` returns at the next change of the actuator's status; without it, ticks look at it."""
+        """`dataplane_changed` returns at the next change of the actuator's status, or of who leads; without it, ticks
+        look at them. `reconciled` is told of each reconcile's outcome and must not block. Without `replicas` this one
+        leads, and nothing is read back from the data plane."""
         self._source = source
         self._signals = signals
         self._actuator = actuator
@@ -70,6 +74,8 @@ class Loop:
         self._tick_s = tick_s
         self._checkpoint = checkpoint
         self._dataplane_changed = dataplane_changed
+        self._replicas = replicas
+        self._reconciled = reconciled
         self._decider = decider
         self.metrics = metrics or Metrics()
         self.metrics.observe(self.state)
@@ -83,6 +89,7 @@ class Loop:
         self._plan = Plan({})
         self._saved: tuple[Plan, int] | None = None
         self._published = False
+        self._led = False
         self._reconciles = 0
         self._failures: dict[str, Problem] = {}
         self._reported: dict[tuple[str, str], Problem] = {}
@@ -153,6 +160,9 @@ class Loop:
                 await self._reconcile()
         self._report_changes()
         self._reconciles += 1
+        if self._reconciled is not None:
+            with self._guarded("report"):
+                self._reconciled(self.state())
         self._turn()
         await asyncio.sleep(COALESCE_S)
 
@@ -160,7 +170,7 @@ class Loop:
         now_s = self._clock.now_s()
         self._take_desired()
         self._gateways = self._observed_gateways()
-        snapshot = Snapshot(self._desired.routes, self._observed.routes, self._gateways.count)
+        snapshot = self._snapshot()
         outcome = "crashed"
         with self._guarded("decide"):
             decided, self._memory = await asyncio.to_thread(self._decider, snapshot, self._memory, now_s)
@@ -171,6 +181,13 @@ class Loop:
             self._set_failures("invariant", broken)
             await self._put_in_force(plan)
         self.metrics.decisions.labels(outcome).inc()
+
+    def _snapshot(self) -> Snapshot:
+        routes, signals, gateways = self._desired.routes, self._observed.routes, self._gateways.count
+        if self._replicas is None:
+            return Snapshot(routes, signals, gateways)
+        self._led = self._replicas.leading()
+        return Snapshot(routes, signals, gateways, self._replicas.in_force(), self._led)
 
     async def _put_in_force(self, plan: Plan) -> None:
         """Save, then publish. A state file that can't be written does not keep traffic from moving."""
@@ -219,9 +236,10 @@ class Loop:
         self._dirty.set()
 
     async def _watch_dataplane(self, changed: Callable[[], Awaitable[None]]) -> None:
-        """A proxy came, went or answered; only a new number of them changes the decision."""
+        """A proxy came, went or answered, or the lead changed; only a new number or a new role changes the decision."""
         await changed()
-        if self._observed_gateways().count != self._gateways.count:
+        promoted = self._replicas is not None and self._replicas.leading() != self._led
+        if promoted or self._observed_gateways().count != self._gateways.count:
             self._dirty.set()
         self._turn()
 

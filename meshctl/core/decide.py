@@ -50,13 +50,16 @@ def decide(snapshot: Snapshot, memory: Memory, now_s: float) -> tuple[Plan, Memo
     for route_id in sorted(snapshot.routes, key=lambda r: _waits(memory.routes.get(r, _NEW)), reverse=True):
         route, live = snapshot.routes[route_id], snapshot.in_force.get(route_id)
         before = adopted(memory.routes.get(route_id, _NEW), route, live, now_s, leads=snapshot.leading)
-        hold = _hold(route, before, follows=live is not None and not snapshot.leading)
+        follows = live is not None and not snapshot.leading
         signals = snapshot.signals.get(route_id, NO_SIGNALS)
-        after = before
+        after, inputs = before, (gateways, follows)
         if not (
-            before.route is route and before.signals is signals and before.gateways == gateways and now_s < before.due_s
+            before.route is route
+            and before.signals is signals
+            and (before.gateways, before.follows) == inputs
+            and now_s < before.due_s
         ):
-            after = _decide_route(route, signals, gateways, before, now_s, budget, hold)
+            after = _decide_route(route, signals, inputs, before, now_s, budget)
         if after.plan is None:
             raise AssertionError(f"{route_id}: decided nothing")
         decided[route_id] = after, after.plan
@@ -84,12 +87,14 @@ def _hold(route: DesiredRoute, before: RouteMemory, *, follows: bool) -> Reason 
 def _decide_route(
     route: DesiredRoute,
     signals: RouteSignals,
-    gateways: int,
+    inputs: tuple[int, bool],
     before: RouteMemory,
     now_s: float,
     budget: Budget,
-    hold: Reason | None,
 ) -> RouteMemory:
+    """`inputs`: how many proxies there are, and whether another replica leads."""
+    gateways, follows = inputs
+    hold = _hold(route, before, follows=follows)
     look = look_at(route, signals, before, now_s)
     solved, reasons = solve(look, gateways, before, budget, now_s, suspended=hold is not None)
     move = _move(look, solved, before, now_s, hold)
@@ -112,6 +117,7 @@ def _decide_route(
         route=route,
         signals=signals,
         gateways=gateways,
+        follows=follows,
         due_s=due_s(look, signals, now_s) if calm or look.frozen else now_s + RECHECK_S,
         plan=plan,
     )

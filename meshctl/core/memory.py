@@ -40,7 +40,7 @@ class Solved:
 
 @dataclass(frozen=True, slots=True)
 class RouteMemory:
-    """Of one route. The last five fields are not saved: they let an unchanged route be recognised at once."""
+    """Of one route. The last six fields are not saved: they let an unchanged route be recognised at once."""
 
     current: Table = field(default_factory=_empty)
     """Shares in force."""
@@ -57,6 +57,7 @@ class RouteMemory:
     route: DesiredRoute | None = None
     signals: RouteSignals | None = None
     gateways: int = 0
+    follows: bool = False
     due_s: float = 0.0
     """With the same inputs nothing changes before this time."""
     plan: RoutePlan | None = None
