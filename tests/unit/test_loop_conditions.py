@@ -55,7 +55,7 @@ BROKEN = Problem("a.yaml:3:1", "unknown field", RouteId("demo/resnet"))
 FOREIGN = Problem("b.yaml:1:1", "unknown field", RouteId("demo/other"))
 
 
-def _meshed(**told: Mapping[RouteId, str]) -> dict[str, Any]:
+def _meshed(**told: Any) -> dict[str, Any]:
     """A route behind one gateway that has acknowledged everything, of which the data plane tells this."""
     gateway = ProxyStatus("gw-0.istio-system", "", synced=True, mesh=True)
     plan = _plan(route=desired_route(gateways=("istio-system/gateway",)))
