@@ -36,7 +36,7 @@ from meshctl.sim.faults import Faults
 from meshctl.sim.fleet import FleetProcess, ServerInfo
 from meshctl.sim.load import Load, LoadConfig, allow_many_connections
 from meshctl.sim.reference import MIX, MODEL, SIZES, capacity_rps, fleet_config
-from meshctl.sim.versus import MESHCTL, Stand, endpoint_of, stand
+from meshctl.sim.versus import MESHCTL, LocalStand, endpoint_of, stand
 from tests.harness.envoy import Backends, plan, request, route_plan, xds_server
 from xds.server import XdsServer
 
@@ -97,7 +97,7 @@ async def bench_apply(report: Report, repeats: int) -> None:
 
 async def bench_signal(report: Report, repeats: int, *, with_prometheus: bool) -> None:
     """A foreign tenant on one GPU after the other, at random moments; from the command to Envoy's dump."""
-    made: Stand
+    made: LocalStand
     rate_rps = SIGNAL_LOAD * capacity_rps()
     async with stand(rate_rps, with_prometheus=with_prometheus, peers=(), say=progress) as made:
         times = await _reactions(made, repeats)
@@ -107,18 +107,18 @@ async def bench_signal(report: Report, repeats: int, *, with_prometheus: bool) -
     report.add(*quantiles(f"signal -> weights in force ({source})", times, "s", limit, note))
 
 
-async def _reactions(made: Stand, repeats: int) -> list[float]:
+async def _reactions(made: LocalStand, repeats: int) -> list[float]:
     random = np.random.default_rng(1)
     times: list[float] = []
     async with made.loaded(MESHCTL, 1):
         await made.settled()
         for turn in range(repeats):
-            server = _taking_part(made, await _weights(made.envoys[MESHCTL]))[turn % 3]
+            server = _taking_part(made, await _weights(made.envoy))[turn % 3]
             await asyncio.sleep(float(random.uniform(0, 1)))  # the phase of the tick is what is drawn
-            before = (await _weights(made.envoys[MESHCTL]))[endpoint_of(server)]
+            before = (await _weights(made.envoy))[endpoint_of(server)]
             start_s = time.perf_counter()
             await made.set_faults(server, FOREIGN)
-            await _until_below(made.envoys[MESHCTL], server, REACTED * before)
+            await _until_below(made.envoy, server, REACTED * before)
             times.append(time.perf_counter() - start_s)
             progress(f"{server.name}: {times[-1]:.2f} s")
             await made.set_faults(server, Faults())
@@ -126,7 +126,7 @@ async def _reactions(made: Stand, repeats: int) -> list[float]:
     return times
 
 
-def _taking_part(made: Stand, weights: Counter[str]) -> list[ServerInfo]:
+def _taking_part(made: LocalStand, weights: Counter[str]) -> list[ServerInfo]:
     """The servers, those with the largest weights first: one that gets next to nothing has nothing to lose."""
     return sorted(made.fleet.info.servers, key=lambda server: (-weights[endpoint_of(server)], server.name))
 

@@ -43,8 +43,8 @@ from meshctl.sim.versus import (
     MESHCTL,
     REACTED,
     SETTLE_SEED,
+    LocalStand,
     Measured,
-    Stand,
     endpoint_of,
     part_of,
     ratio,
@@ -118,7 +118,7 @@ async def _real(
 
 
 async def _compare(
-    report: Report, made: Stand, policies: Sequence[str], seconds: float, seeds: Sequence[int], load: float
+    report: Report, made: LocalStand, policies: Sequence[str], seconds: float, seeds: Sequence[int], load: float
 ) -> None:
     runs: dict[str, list[Measured]] = {policy: [] for policy in policies}
     settled: list[float | None] = []
@@ -143,7 +143,7 @@ async def _compare(
     _compared(report, runs, load, made.data_plane)
 
 
-async def _measure(made: Stand, policy: str, seed: int, seconds: float) -> Measured:
+async def _measure(made: LocalStand, policy: str, seed: int, seconds: float) -> Measured:
     """The run whose generator was least late, of up to `_TRIES`, stopping at the first valid one."""
     found: list[Measured] = []
     for _ in range(_TRIES):
@@ -203,7 +203,7 @@ def _weights(view: RouteView) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ one V100 half as fast
 
 
-async def _slow(report: Report, made: Stand, seconds: float, seeds: Sequence[int]) -> None:
+async def _slow(report: Report, made: LocalStand, seconds: float, seeds: Sequence[int]) -> None:
     server = made.servers("V100")[0]
     endpoint, slow, settling = endpoint_of(server), Faults(slow=SLOW_FACTOR), seeds[0] + SETTLE_SEED
     progress("one V100 twice as slow: weights held, as if no metric had arrived")
@@ -247,7 +247,7 @@ async def _slow(report: Report, made: Stand, seconds: float, seeds: Sequence[int
     )
 
 
-async def _until(made: Stand, what: str, holds: Any) -> None:
+async def _until(made: LocalStand, what: str, holds: Any) -> None:
     """Ask the controller until it `holds`; MeshctlError after `REACT_LIMIT_S`."""
     try:
         async with asyncio.timeout(REACT_LIMIT_S):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from math import inf
@@ -90,20 +90,17 @@ class Stand:
 
     fleet: FleetProcess
     controller: Controller
-    envoys: dict[str, EnvoyProcess]
-    """By policy."""
-    manifest: Path
+    urls: Mapping[str, str]
+    """Where each policy takes requests."""
+    data_plane: str
+    """What the proxies are, and their version."""
     rate_rps: float
-    slo_s: float = SLO_S
-    ends: list[Callable[[], Awaitable[str]]] = field(default_factory=list)
-
-    @property
-    def data_plane(self) -> str:
-        return self.envoys[MESHCTL].version
+    slo_s: float = field(default=SLO_S, kw_only=True)
+    ends: list[Callable[[], Awaitable[str]]] = field(default_factory=list, kw_only=True)
 
     def load(self, policy: str, seed: int, seconds: float = inf, warmup_s: float = 0.0) -> Load:
         """Open-loop load through one policy's Envoy, not started."""
-        url, rate = self.envoys[policy].url, self.rate_rps
+        url, rate = self.urls[policy], self.rate_rps
         return Load(LoadConfig((url,), rate, MIX, seconds, seed, warmup_s, self.slo_s, model=MODEL))
 
     async def measure(self, policy: str, seed: int, seconds: float) -> Measured:
@@ -149,12 +146,6 @@ class Stand:
     async def set_faults(self, server: ServerInfo, faults: Faults) -> None:
         await self.fleet.set_faults(server.name, faults)
 
-    def write_manifests(self, **spec: Any) -> None:
-        """The route and profiles, with `spec` on top; the controller sees the change by itself."""
-        new = self.manifest.with_suffix(".new")
-        new.write_text(manifests(self.fleet.info.servers, **spec))
-        new.replace(self.manifest)
-
     async def run(self, work: Awaitable[None]) -> None:
         """`work`, or MeshctlError as soon as a child ends."""
         await unless_ended(work, *self.ends)
@@ -164,6 +155,21 @@ class Stand:
         codes = {reason.code for reason in view.reasons}
         known = ReasonCode.LOAD_OBSERVED in codes and view.load_rps >= _KNOWN * self.rate_rps
         return known and not codes & _MOVING
+
+
+@dataclass
+class LocalStand(Stand):
+    """Without a cluster: an Envoy for each policy, manifests in a file."""
+
+    envoy: EnvoyProcess
+    """meshctl's."""
+    manifest: Path
+
+    def write_manifests(self, **spec: Any) -> None:
+        """The route and profiles, with `spec` on top; the controller sees the change by itself."""
+        new = self.manifest.with_suffix(".new")
+        new.write_text(manifests(self.fleet.info.servers, **spec))
+        new.replace(self.manifest)
 
 
 def weights_of(view: RouteView) -> dict[str, dict[str, int]]:
@@ -191,7 +197,7 @@ async def stand(
     with_prometheus: bool = False,
     peers: Sequence[Balancing] = (Balancing.ISTIO_DEFAULT,),
     say: Say = lambda _: None,
-) -> AsyncIterator[Stand]:
+) -> AsyncIterator[LocalStand]:
     """Everything started, in a directory that goes with it. Raises MeshctlError with the log of what did not start."""
     if with_prometheus:
         prometheus_binary()  # say what is missing before anything starts
@@ -213,7 +219,8 @@ async def stand(
         envoys = {
             name: await stack.enter_async_context(EnvoyProcess(root / name, config)) for name, config in configs.items()
         }
-        made = Stand(fleet, controller, envoys, manifest, rate_rps)
+        urls = {name: envoy.url for name, envoy in envoys.items()}
+        made = LocalStand(fleet, controller, urls, envoys[MESHCTL].version, rate_rps, envoys[MESHCTL], manifest)
         made.ends = [fleet.ended, controller.ended, *(envoy.ended for envoy in envoys.values())]
         if prometheus:
             say("starting Prometheus")
