@@ -117,15 +117,14 @@ class Child:
 
 
 class Controller(Child):
-    """`meshctl run` over the manifests in a directory, on ports that the kernel chooses."""
+    """`meshctl run` with the options `source` (where routes come from), on ports that the kernel chooses."""
 
     name = "controller"
 
-    def __init__(self, directory: Path, manifests: Path, prometheus: str | None = None) -> None:
+    def __init__(self, directory: Path, source: Sequence[str | Path], prometheus: str | None = None) -> None:
         signals = ("--prometheus", prometheus) if prometheus else ("--scrape",)
-        state = ("--state", directory / "state.json", "--xds", "127.0.0.1:0", "--admin", "127.0.0.1:0")
-        command = (sys.executable, "-m", "meshctl", "run", "--manifests", manifests, *state, *signals)
-        super().__init__(directory, command)
+        listen = ("--xds", "127.0.0.1:0", "--admin", "127.0.0.1:0")
+        super().__init__(directory, (sys.executable, "-m", "meshctl", "run", *source, *listen, *signals))
         self.xds = ""
         """``host:port``."""
         self.admin = ""

@@ -212,7 +212,8 @@ async def stand(
         say("starting the controller and the Envoys")
         prometheus = f"127.0.0.1:{free_port()}" if with_prometheus else None
         url = f"http://{prometheus}" if prometheus else None
-        controller = await stack.enter_async_context(Controller(root, directory, url))
+        source = ("--manifests", directory, "--state", root / "state.json")
+        controller = await stack.enter_async_context(Controller(root, source, url))
         addresses = [endpoint_of(server) for server in fleet.info.servers]
         configs = {str(peer): balanced(addresses, peer) for peer in peers}
         configs[MESHCTL] = gateway(controller.xds, "demo")
