@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterator
 from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -16,6 +16,8 @@ API_VERSION: Final = "meshctl.io/v1alpha1"
 
 DNS_LABEL = r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$"
 DNS_SUBDOMAIN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$"
+LABEL_KEY = r"^([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?$"
+LABEL_VALUE = r"^([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?$"
 PRODUCT = r"^[A-Za-z0-9]([A-Za-z0-9 ._/-]{0,126}[A-Za-z0-9])?$"
 
 Label = Annotated[str, Field(pattern=DNS_LABEL, max_length=63)]
@@ -26,8 +28,15 @@ ModelName = Annotated[str, Field(min_length=1, max_length=128)]
 """A model, as the inference server names it."""
 
 
+SET: dict[str, JsonValue] = {"x-kubernetes-list-type": "set"}
+"""Of a list: no value twice."""
+Unread = Annotated[None, BeforeValidator(lambda _: None)]
+"""A field that others use: let through, not kept."""
+
+
 class Strict(BaseModel):
-    """Unknown fields are errors, numbers are numbers (no "5", no true) and finite, fields are camelCase."""
+    """Unknown fields are errors, numbers are numbers (no "5", no true) and finite, fields are camelCase. A field that
+    is null is one that is not there, as for the API server."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -38,15 +47,36 @@ class Strict(BaseModel):
         use_attribute_docstrings=True,
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or None not in data.values():
+            return data
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {name: value for name, value in data.items() if value is not None or name not in known}
+
 
 class Metadata(Strict):
-    """The part of Kubernetes' ObjectMeta that meshctl reads. The rest (uid, managedFields ...) is let through, so that
-    what `kubectl get -o yaml` prints is a valid manifest."""
-
-    model_config = ConfigDict(extra="ignore")
+    """Kubernetes' ObjectMeta: what meshctl reads of it, and the rest let through, so that what `kubectl get -o yaml`
+    prints is a valid manifest."""
 
     name: Annotated[str, Field(pattern=DNS_SUBDOMAIN, max_length=253)]
     namespace: Label = "default"
+    labels: dict[Annotated[str, Field(pattern=LABEL_KEY)], Annotated[str, Field(pattern=LABEL_VALUE)]] = {}
+    annotations: dict[Annotated[str, Field(pattern="(?i)" + LABEL_KEY)], str] = {}
+    uid: str = ""
+    """"" when it is not from a cluster."""
+    generation: Annotated[int, Field(ge=0)] = 0
+    deletion_timestamp: str | None = None
+    """Since when it is being deleted; None when it is not."""
+    creation_timestamp: Unread = None
+    deletion_grace_period_seconds: Unread = None
+    finalizers: Unread = None
+    generate_name: Unread = None
+    managed_fields: Unread = None
+    owner_references: Unread = None
+    resource_version: Unread = None
+    self_link: Unread = None
 
 
 class Condition(Strict):
@@ -83,6 +113,11 @@ Conditions = Annotated[
 def wrong(message: str, *at: str | int) -> NoReturn:
     """Fail a validator with a message about the field at `at`, relative to what is being validated."""
     raise PydanticCustomError("meshctl", "{reason}", {"reason": message, "at": at})
+
+
+def repeated(values: list[str]) -> int | None:
+    """Index of the first value that stands earlier in the list too."""
+    return next((i for i, value in enumerate(values) if value in values[:i]), None)
 
 
 M = TypeVar("M", bound=BaseModel)

@@ -28,6 +28,28 @@ HEADER = "# Generated from meshctl/api by `python -m meshctl.api.crd`; edit the 
 
 
 @dataclass(frozen=True, slots=True)
+class Column:
+    """One column of `kubectl get`."""
+
+    name: str
+    path: str
+    type: str = "string"
+    wide: bool = False
+    """Only with `-o wide`."""
+
+    def data(self) -> dict[str, Any]:
+        column = {"name": self.name, "type": self.type, "jsonPath": self.path}
+        return column | {"priority": 1} if self.wide else column
+
+
+def _condition(name: str, *, wide: bool = False) -> Column:
+    return Column(name, f'.status.conditions[?(@.type=="{name}")].status', wide=wide)
+
+
+_AGE = Column("Age", ".metadata.creationTimestamp", "date")
+
+
+@dataclass(frozen=True, slots=True)
 class Resource:
     """What the schema of a kind does not say."""
 
@@ -36,11 +58,10 @@ class Resource:
     status: type[BaseModel]
     plural: str
     short: str
-    columns: tuple[tuple[str, str, str], ...]
-    """(name, type, JSON path) of what `kubectl get` prints."""
+    columns: tuple[Column, ...]
+    """What `kubectl get` prints, in this order."""
 
 
-_AGE = ("Age", "date", ".metadata.creationTimestamp")
 RESOURCES = (
     Resource(
         ModelRoute,
@@ -49,13 +70,16 @@ RESOURCES = (
         "modelroutes",
         "mr",
         (
-            ("Model", "string", ".spec.model"),
-            ("SLO", "string", ".spec.slo.latency"),
-            ("Policy", "string", ".spec.policy"),
-            ("Programmed", "string", '.status.conditions[?(@.type=="Programmed")].status'),
-            ("Attainable", "string", '.status.conditions[?(@.type=="Attainable")].status'),
-            ("Suspended", "boolean", ".spec.suspend"),
+            Column("Policy", ".spec.policy"),
+            Column("Mechanism", ".spec.mechanism"),
+            Column("SLO", ".spec.slo.latency"),
+            Column("Attainment", ".status.attainment"),
+            _condition("Ready"),
             _AGE,
+            Column("Model", ".spec.model", wide=True),
+            _condition("Programmed", wide=True),
+            _condition("Conflict", wide=True),
+            Column("Suspended", ".spec.suspend", "boolean", wide=True),
         ),
     ),
     Resource(
@@ -65,10 +89,10 @@ RESOURCES = (
         "modelprofiles",
         "mp",
         (
-            ("Model", "string", ".spec.model"),
-            ("GPU", "string", ".spec.gpu"),
-            ("Source", "string", ".spec.source"),
-            ("Accepted", "string", '.status.conditions[?(@.type=="Accepted")].status'),
+            Column("Model", ".spec.model"),
+            Column("GPU", ".spec.gpu"),
+            Column("Source", ".spec.source"),
+            _condition("Accepted"),
             _AGE,
         ),
     ),
@@ -99,9 +123,7 @@ def definition(resource: Resource) -> dict[str, Any]:
                     "served": True,
                     "storage": True,
                     "subresources": {"status": {}},
-                    "additionalPrinterColumns": [
-                        {"name": name, "type": kind, "jsonPath": path} for name, kind, path in resource.columns
-                    ],
+                    "additionalPrinterColumns": [column.data() for column in resource.columns],
                     "schema": {"openAPIV3Schema": _object(resource)},
                 }
             ],
@@ -110,9 +132,11 @@ def definition(resource: Resource) -> dict[str, Any]:
 
 
 def _object(resource: Resource) -> Schema:
-    return {
+    """Of the object's own fields only the spec and the status are described: the rest is Kubernetes'."""
+    whole = openapi(resource.model)
+    described: Schema = {key: whole[key] for key in ("description", "x-kubernetes-validations") if key in whole}
+    return described | {
         "type": "object",
-        "description": openapi(resource.model)["description"],
         "required": ["spec"],
         "properties": {
             "apiVersion": {"type": "string"},

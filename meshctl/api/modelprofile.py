@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from meshctl.api.base import API_VERSION, Conditions, GpuProduct, Metadata, ModelName, Strict
+from meshctl.api.base import API_VERSION, Conditions, GpuProduct, Metadata, ModelName, Strict, Unread
 from meshctl.api.service import ServiceTime
 
 
@@ -47,4 +47,4 @@ class ModelProfile(Strict):
     kind: Literal["ModelProfile"] = "ModelProfile"
     metadata: Metadata
     spec: ModelProfileSpec
-    status: Any = None
+    status: Unread = None

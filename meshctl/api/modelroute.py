@@ -8,111 +8,45 @@ for one host, a product without a profile) is found in `resolve`.
 from __future__ import annotations
 
 import inspect
-import ipaddress
-import itertools
-import math
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
+from istio.names import RESUMED_AT
 from meshctl import model as core
-from meshctl.api.base import API_VERSION, Conditions, GpuProduct, Label, Metadata, ModelName, Strict, cel, wrong
-from meshctl.api.service import LARGEST_BATCH
-from meshctl.api.units import Duration, DurationOrZero, Ratio, format_duration
+from meshctl.api.backend import Backend
+from meshctl.api.base import (
+    API_VERSION,
+    DNS_SUBDOMAIN,
+    SET,
+    Conditions,
+    Metadata,
+    ModelName,
+    Strict,
+    Unread,
+    cel,
+    repeated,
+    wrong,
+)
+from meshctl.api.sizes import RequestSize
+from meshctl.api.units import Duration, DurationOrZero, format_duration
 
-SHARE_TOLERANCE = 1e-3
-"""Shares written with three digits (0.333 three times) are meant to sum to 1; they are scaled to do so exactly."""
 GUARD = core.Guard()
-TIMEOUT_S = float(inspect.signature(core.RouteSpec).parameters["timeout_s"].default)
-HOST = r"^(\*|(\*\.)?[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*(:[0-9]{1,5})?)$"
-HEADER = r"^[A-Za-z0-9_-]+$"
-HEADERS = ("x-batch-size", "batch_size", "NV-InferRequest")
-MOST_CLASSES = 16
-SET: dict[str, JsonValue] = {"x-kubernetes-list-type": "set"}
+RETRY = core.Retry()
+_SPEC = inspect.signature(core.RouteSpec).parameters
+TIMEOUT_S = float(_SPEC["timeout_s"].default)
+WARM_UP_S = float(_SPEC["warm_up_s"].default)
+HOST = r"^(\*|(\*\.)?[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?(\.[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?)*(:[0-9]{1,5})?)$"
+ANY_HOST = "*"
+GATEWAY = r"^([a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?/)?" + DNS_SUBDOMAIN.removeprefix("^")
+MESH = "mesh"
+"""Instead of a gateway: every sidecar."""
+LONGEST_NAME = 63
+"""Of a ModelRoute: its name becomes a part of host names, and of the names of Istio's objects."""
 
-Port = Annotated[int, Field(ge=1, le=65535)]
-Batch = Annotated[int, Field(ge=1, le=LARGEST_BATCH)]
 Host = Annotated[str, Field(pattern=HOST, max_length=253)]
-Header = Annotated[str, Field(pattern=HEADER, max_length=128)]
-
-
-def repeated(values: list[str]) -> int | None:
-    """Index of the first value that stands earlier in the list too."""
-    return next((i for i, value in enumerate(values) if value in values[:i]), None)
-
-
-def check_shares(shares: list[float | None], *at: str) -> None:
-    """All given and summing to 1, or none given."""
-    given = [share for share in shares if share is not None]
-    if given and len(given) < len(shares):
-        wrong("is missing, but others have one; give every one a share, or none", *at, shares.index(None), "share")
-    if given and abs(sum(given) - 1) > SHARE_TOLERANCE:
-        wrong(f"the shares sum to {sum(given):g}; they must sum to 1", *at)
-
-
-def normal_shares(shares: list[float | None]) -> list[float]:
-    """Shares that sum to 1: the declared ones scaled, equal ones where none is declared."""
-    given = [1.0 if share is None else share for share in shares]
-    return [share / sum(given) for share in given]
-
-
-def _ip(address: str) -> str:
-    try:
-        return str(ipaddress.ip_address(address))
-    except ValueError:
-        wrong(f"{address!r} is not an IP address; proxies are given addresses, not names to resolve")
-
-
-class RouteEndpoint(Strict):
-    """One inference server on one GPU."""
-
-    address: Annotated[str, Field(max_length=45), AfterValidator(_ip)]
-    """IP address of the server."""
-    port: Port
-    """HTTP port of the server."""
-    metrics_port: Port = 8002
-    """Port of its metrics (Triton's default)."""
-    gpu: GpuProduct
-    """GPU product, as a ModelProfile names it."""
-    gpu_uuid: Annotated[str, Field(alias="gpuUUID", max_length=96)] = ""
-    """UUID of the GPU, as DCGM labels it; without it only the server's own utilisation metric is used."""
-    concurrency: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Requests served at once (instance groups, or MPS shares behind one address)."""
-
-    def endpoint(self) -> core.Endpoint:
-        host = f"[{self.address}]" if ":" in self.address else self.address
-        return core.Endpoint(
-            id=core.EndpointId(f"{host}:{self.port}"),
-            address=self.address,
-            port=self.port,
-            gpu=self.gpu,
-            metrics=f"{host}:{self.metrics_port}",
-            gpu_uuid=self.gpu_uuid,
-            concurrency=self.concurrency,
-        )
-
-
-class Backend(Strict):
-    """The servers that answer. Exactly one kind; today: static endpoints."""
-
-    endpoints: Annotated[
-        tuple[RouteEndpoint, ...],
-        Field(
-            strict=False,
-            min_length=1,
-            max_length=1024,
-            json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["address", "port"]},
-        ),
-    ]
-    """Static list of servers, each with its GPU product."""
-
-    @model_validator(mode="after")
-    def _each_once(self) -> Backend:
-        ids = [str(e.endpoint().id) for e in self.endpoints]
-        again = repeated(ids)
-        if again is not None:
-            wrong(f"{ids[again]} stands twice; an address and port may stand once in a route", "endpoints", again)
-        return self
+Gateway = Annotated[str, Field(pattern=GATEWAY, max_length=317)]
 
 
 class Slo(Strict):
@@ -122,112 +56,6 @@ class Slo(Strict):
     """Time within which a request is to be answered."""
     percentile: Annotated[float, Field(gt=0, lt=100)] = 99.0
     """Percentage of the requests, of every size class, that must be answered within it; 0..100, both excluded."""
-
-
-class SizeClassSpec(Strict):
-    """Requests whose batch size lies in [min, max], both included."""
-
-    model_config = ConfigDict(
-        json_schema_extra=cel(
-            ("self.name != 'default'", "the name default is reserved"),
-            ("self.min <= self.max", "min must not exceed max"),
-            (
-                "!has(self.batch) || (double(self.min) <= self.batch && self.batch <= double(self.max))",
-                "batch must lie in [min, max]",
-            ),
-        )
-    )
-
-    name: Label
-    """Name of the class; `default` is reserved for requests without a usable size."""
-    min: Batch
-    """Smallest batch of the class."""
-    max: Batch
-    """Largest batch of the class."""
-    batch: Annotated[float, Field(ge=1, le=LARGEST_BATCH)] | None = None
-    """Batch whose service time stands for the class; the geometric mean of min and max when not given."""
-    share: Ratio | None = None
-    """Share of the requests, 0..1: the prior until the mix is observed. Give every class one (they sum to 1), or none
-    (then all are equal)."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> SizeClassSpec:
-        if self.name == core.DEFAULT_CLASS:
-            wrong(f"{self.name!r} is reserved for requests without a usable size; choose another name", "name")
-        if self.min > self.max:
-            wrong(f"{self.max} is less than min, {self.min}; swap them", "max")
-        if self.batch is not None and not self.min <= self.batch <= self.max:
-            wrong(f"{self.batch:g} is outside [{self.min}, {self.max}]; choose a batch of the class", "batch")
-        return self
-
-
-ALL_SIZES = SizeClassSpec(name="all", min=1, max=LARGEST_BATCH, batch=1.0)
-"""The only class when none is declared. It stands for batch 1, the commonest size, until sizes are observed."""
-
-
-class RequestSize(Strict):
-    """How a request's size is read, and which sizes are told apart."""
-
-    headers: Annotated[tuple[Header, ...], Field(strict=False, min_length=1, max_length=8, json_schema_extra=SET)] = (
-        HEADERS
-    )
-    """Headers that may carry the batch size; the first present wins. `NV-InferRequest` is read as
-    `batch_size: N` inside its value, the others as a whole number."""
-    classes: Annotated[
-        tuple[SizeClassSpec, ...],
-        Field(
-            strict=False,
-            min_length=1,
-            max_length=MOST_CLASSES,
-            json_schema_extra={
-                "x-kubernetes-list-type": "map",
-                "x-kubernetes-list-map-keys": ["name"],
-                **cel(
-                    (
-                        "self.all(a, self.exists_one(b, a.min <= b.max && b.min <= a.max))",
-                        "classes must not overlap",
-                    ),
-                    (
-                        "self.all(c, has(c.share)) || !self.exists(c, has(c.share))",
-                        "give every class a share, or none",
-                    ),
-                    (
-                        (
-                            "!self.all(c, has(c.share)) || (0.999 <= self.map(c, c.share).sum()"
-                            " && self.map(c, c.share).sum() <= 1.001)"
-                        ),
-                        "shares must sum to 1",
-                    ),
-                ),
-            },
-        ),
-    ] = (ALL_SIZES,)
-    """Size classes, not overlapping. Sizes in a gap between them take the default route."""
-
-    @model_validator(mode="after")
-    def _consistent(self) -> RequestSize:
-        again = repeated([header.lower() for header in self.headers])
-        if again is not None:
-            wrong(f"{self.headers[again]} stands twice (case does not count); keep one", "headers", again)
-        again = repeated([c.name for c in self.classes])
-        if again is not None:
-            wrong(f"{self.classes[again].name!r} stands twice; names of classes are unique", "classes", again, "name")
-        order = sorted(range(len(self.classes)), key=lambda i: (self.classes[i].min, i))
-        for lower, upper in itertools.pairwise(order):
-            a, b = self.classes[lower], self.classes[upper]
-            if b.min <= a.max:
-                both = f"[{b.min}, {b.max}] overlaps [{a.min}, {a.max}] of class {a.name}"
-                wrong(f"{both}; make one end before the other begins", "classes", upper)
-        check_shares([c.share for c in self.classes], "classes")
-        return self
-
-    def sizes(self) -> tuple[core.SizeClass, ...]:
-        shares = normal_shares([c.share for c in self.classes])
-        both = sorted(zip(self.classes, shares, strict=True), key=lambda pair: pair[0].min)
-        return tuple(
-            core.SizeClass(c.name, c.min, c.max, c.batch if c.batch is not None else math.sqrt(c.min * c.max), share)
-            for c, share in both
-        )
 
 
 class GuardSpec(Strict):
@@ -269,22 +97,59 @@ class GuardSpec(Strict):
         )
 
 
+class RetrySpec(Strict):
+    """What a proxy may send again, to another server."""
+
+    attempts: Annotated[int, Field(ge=0, le=10)] = RETRY.attempts
+    """Times a request is sent again at most; 0: never."""
+    per_try_timeout: Duration | None = None
+    """Longest one try may take; the route's own timeout when not given."""
+    idempotent: bool = RETRY.idempotent
+    """False: only what no server can have begun is sent again (connection refused, reset before the request)."""
+
+    def retry(self) -> core.Retry:
+        return core.Retry(self.attempts, self.per_try_timeout, self.idempotent)
+
+
 class ModelRouteSpec(Strict):
     """Requests for some hosts, answered by some servers of one model within an SLO."""
 
     model_config = ConfigDict(
         json_schema_extra=cel(
             (
-                "!has(self.timeout) || duration(self.timeout) >= duration(self.slo.latency)",
+                "duration(self.timeout) >= duration(self.slo.latency)",
                 "timeout must not be shorter than slo.latency",
-            )
+            ),
+            (
+                "!has(self.retry.perTryTimeout) || duration(self.retry.perTryTimeout) <= duration(self.timeout)",
+                "retry.perTryTimeout must not be longer than timeout",
+            ),
+            (
+                "!self.delegate || self.gateways.size() == 0",
+                "delegate excludes gateways: the VirtualService that delegates to this route names them",
+            ),
+            (
+                "!self.delegate || self.hosts == ['*']",
+                "delegate excludes hosts: the VirtualService that delegates to this route names them",
+            ),
+            (
+                "self.gateways.size() == 0 || !self.hosts.exists(host, host.contains(':'))",
+                "hosts of a route with gateways have no port: the Gateway says it",
+            ),
+            (
+                "!self.gateways.exists(gateway, gateway == 'mesh') || !self.hosts.exists(host, host == '*')",
+                "gateway mesh needs hosts of its own: * would take all requests of all sidecars",
+            ),
         )
     )
 
     hosts: Annotated[tuple[Host, ...], Field(strict=False, min_length=1, max_length=64, json_schema_extra=SET)] = ("*",)
     """Host names served; `*` is every host, `*.example.com` every host below."""
-    gateways: Annotated[tuple[str, ...], Field(strict=False, max_length=64, json_schema_extra=SET)] = ()
-    """Istio gateways that serve the hosts; empty: the proxies of meshctl's own xDS server."""
+    gateways: Annotated[tuple[Gateway, ...], Field(strict=False, max_length=64, json_schema_extra=SET)] = ()
+    """Istio gateways that serve the hosts: `namespace/name`, `name` in the route's namespace, or `mesh` for every
+    sidecar. Empty, and not `delegate`: only the proxies of meshctl's own xDS server."""
+    delegate: bool = False
+    """True: a VirtualService that others own delegates to ours, which has the route's name and namespace."""
     backend: Backend
     """Servers that answer."""
     model: ModelName
@@ -301,6 +166,10 @@ class ModelRouteSpec(Strict):
     """How weights reach the proxies: per endpoint of one cluster, or per subset."""
     timeout: Duration = TIMEOUT_S
     """Longest a request may take before it is answered 504."""
+    retry: RetrySpec = RetrySpec()
+    """What a proxy may send again, to another server."""
+    warm_up: DurationOrZero = WARM_UP_S
+    """A new server's share grows to its full size over this time; `0s`: at once."""
     guard: GuardSpec = GuardSpec()
     """What keeps a wobbling signal from moving traffic."""
     suspend: bool = False
@@ -314,7 +183,35 @@ class ModelRouteSpec(Strict):
         if self.timeout < self.slo.latency:
             both = f"{format_duration(self.timeout)} is shorter than slo.latency, {format_duration(self.slo.latency)}"
             wrong(f"{both}: requests would be cut off before they are late; raise it", "timeout")
+        per_try = self.retry.per_try_timeout
+        if per_try is not None and per_try > self.timeout:
+            both = f"{format_duration(per_try)} is longer than timeout, {format_duration(self.timeout)}"
+            wrong(f"{both}; lower it", "retry", "perTryTimeout")
+        self._check_mesh()
         return self
+
+    def _check_mesh(self) -> None:
+        named = "the VirtualService that delegates to this route names them"
+        if self.delegate and self.gateways:
+            wrong(f"delegate excludes gateways: {named}; remove one of the two", "gateways")
+        if self.delegate and self.hosts != (ANY_HOST,):
+            wrong(f"delegate excludes hosts: {named}; remove them", "hosts")
+        with_port = next((i for i, host in enumerate(self.hosts) if ":" in host), None)
+        if self.gateways and with_port is not None:
+            wrong(f"{self.hosts[with_port]!r} has a port, which the Gateway says; remove it", "hosts", with_port)
+        if MESH in self.gateways and ANY_HOST in self.hosts:
+            wrong("gateway mesh needs hosts of its own: * would take all requests of all sidecars", "hosts")
+
+
+class ClassShare(Strict):
+    """Share of one size class that one GPU class gets."""
+
+    size: Annotated[str, Field(max_length=63)]
+    """Size class; `default` for requests without a usable size."""
+    gpu: Annotated[str, Field(max_length=128)]
+    """GPU product; empty when it is unknown."""
+    share: Annotated[str, Field(max_length=16)]
+    """Share of the requests of that size, e.g. `62.5%`."""
 
 
 class ModelRouteStatus(Strict):
@@ -322,19 +219,51 @@ class ModelRouteStatus(Strict):
 
     observed_generation: Annotated[int, Field(ge=0)] | None = None
     """metadata.generation the plan in force was made for."""
+    attainment: Annotated[str, Field(max_length=16)] | None = None
+    """Share of the worst size class that is expected to be answered within the SLO, e.g. `99.4%`."""
+    worst_class: Annotated[str, Field(max_length=63)] | None = None
+    """The size class whose requests are expected to be late most often."""
+    endpoints: Annotated[int, Field(ge=0)] | None = None
+    """Servers found."""
+    ready_endpoints: Annotated[int, Field(ge=0)] | None = None
+    """Servers that may get requests."""
+    weights: (
+        Annotated[
+            tuple[ClassShare, ...],
+            Field(max_length=1024, json_schema_extra={"x-kubernetes-list-type": "atomic"}),
+        ]
+        | None
+    ) = None
+    """How the requests of each size class are shared between the GPU classes."""
     conditions: Conditions | None = None
-    """Accepted: the spec is used. Programmed: proxies acknowledged the weights. Attainable: every size class is
-    expected to meet its percentile."""
+    """Ready: served as decided. Resolved: endpoints and profiles found, the spec is used. MetricsFresh: every endpoint
+    was measured lately. SLOFeasible: every size class is expected to meet its percentile. Programmed: the weights are
+    in force. Conflict: somebody else owns or changed an object of the route, which is left alone."""
 
 
 class ModelRoute(Strict):
     """Sends the requests for one model, by their size, to the GPUs that answer within the SLO."""
 
+    model_config = ConfigDict(
+        json_schema_extra=cel(
+            (
+                f"self.metadata.name.size() <= {LONGEST_NAME}",
+                f"metadata.name must have at most {LONGEST_NAME} characters: it becomes part of host names",
+            )
+        )
+    )
+
     api_version: Literal["meshctl.io/v1alpha1"] = API_VERSION
     kind: Literal["ModelRoute"] = "ModelRoute"
     metadata: Metadata
     spec: ModelRouteSpec
-    status: Any = None
+    status: Unread = None
+
+    @model_validator(mode="after")
+    def _short_name(self) -> ModelRoute:
+        if len(self.metadata.name) > LONGEST_NAME:
+            wrong(f"has more than {LONGEST_NAME} characters; it becomes part of host names", "metadata", "name")
+        return self
 
     @property
     def id(self) -> core.RouteId:
@@ -357,8 +286,24 @@ class ModelRoute(Strict):
             guard=spec.guard.guard(),
             suspend=spec.suspend,
             generation=generation,
+            gateways=tuple(dict.fromkeys(self._gateways())),
+            delegate=spec.delegate,
+            retry=spec.retry.retry(),
+            warm_up_s=spec.warm_up,
+            origin=self._origin(),
         )
 
+    def _gateways(self) -> Iterator[str]:
+        """``namespace/name``, or ``mesh``."""
+        for name in self.spec.gateways:
+            yield name if name == MESH or "/" in name else f"{self.metadata.namespace}/{name}"
+
+    def _origin(self) -> core.Origin | None:
+        metadata = self.metadata
+        if not metadata.uid or not metadata.generation:
+            return None
+        return core.Origin(metadata.uid, metadata.generation, metadata.annotations.get(RESUMED_AT, ""))
+
     def endpoints(self) -> tuple[core.Endpoint, ...]:
-        """Ordered by id."""
-        return tuple(sorted((e.endpoint() for e in self.spec.backend.endpoints), key=lambda e: e.id))
+        """The static ones, ordered by id; none for a Service."""
+        return tuple(sorted((e.endpoint() for e in self.spec.backend.endpoints or ()), key=lambda e: e.id))

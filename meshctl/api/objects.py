@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
@@ -17,6 +17,7 @@ from meshctl.api.base import API_VERSION, DNS_LABEL, DNS_SUBDOMAIN, validated
 from meshctl.api.document import Document, Fault, ManifestError, Place, parse, short
 from meshctl.api.modelprofile import ModelProfile
 from meshctl.api.modelroute import ModelRoute
+from meshctl.ports import KubeObject
 
 Object = ModelRoute | ModelProfile
 KINDS: Mapping[str, type[Object]] = MappingProxyType({"ModelRoute": ModelRoute, "ModelProfile": ModelProfile})
@@ -65,6 +66,16 @@ def read_manifest(content: bytes, file: str) -> Manifest:
         documents = parse(content, file)
     except ManifestError as error:
         return Manifest({}, frozenset(), complete=False, faults=error.faults)
+    return _manifest(documents)
+
+
+def read_object(value: KubeObject, where: str) -> Manifest:
+    """The same for one object as the API server gives it; `where` stands for the file. Never raises: an object that
+    an older schema let in, and this one does not, is `broken`."""
+    return _manifest([Document(value, where, {(): (0, 0)})])
+
+
+def _manifest(documents: Iterable[Document]) -> Manifest:
     objects: dict[Key, Declared] = {}
     broken: set[Key] = set()
     faults: list[Fault] = []

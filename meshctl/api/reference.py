@@ -12,7 +12,7 @@ from meshctl.api.modelprofile import ModelProfileSpec, ModelProfileStatus
 from meshctl.api.modelroute import ModelRouteSpec, ModelRouteStatus
 from meshctl.api.schema import Schema, openapi
 from meshctl.api.solve import SolveInput
-from meshctl.api.units import DURATION_PATTERN
+from meshctl.api.units import DURATION_PATTERN, ZERO_ALLOWED
 
 _INTRODUCTION = f"""<!-- Generated from meshctl/api by `python -m meshctl.api.crd`; edit the models, not this file. -->
 # API reference
@@ -20,9 +20,11 @@ _INTRODUCTION = f"""<!-- Generated from meshctl/api by `python -m meshctl.api.cr
 Objects of `{API_VERSION}`. The same manifests work in a directory (`meshctl run --manifests DIR`) and in Kubernetes
 (`crds/`); `meshctl validate FILE...` checks them. Unknown fields are errors.
 
-- A *duration* is a number with a unit (`ns`, `us`, `ms`, `s`, `m`, `h`), or several of them: `150ms`, `1m30s`.
+- A *duration* is a number with a unit (`ns`, `us`, `ms`, `s`, `m`, `h`), or several of them: `150ms`, `1m30s`; at most
+  a day.
 - Shares and ratios are 0..1. Only `percentile` is a percentage, 0..100.
 - A route uses the ModelProfiles of its own namespace (`default` where a file names none).
+- A field that is null is one that is not there.
 - Of two routes that want the same host, and of two profiles for the same model and GPU, the first by name is used.
 """
 
@@ -61,7 +63,7 @@ def _rows(schema: Schema, prefix: str) -> Iterator[str]:
 
 def _rules(schema: Schema, path: str) -> Iterator[str]:
     for rule in schema.get("x-kubernetes-validations", []):
-        if "pattern" not in schema:  # a duration's own rule is its type
+        if schema.get("pattern") != DURATION_PATTERN:  # a duration's own rules are its type
             yield f"`{path}`: {rule['message']}" if path else rule["message"]
     for name, child in schema.get("properties", {}).items():
         inner = f"{path}.{name}".removeprefix(".")
@@ -72,7 +74,9 @@ def _rules(schema: Schema, path: str) -> Iterator[str]:
 def _type(schema: Schema) -> str:
     match schema:
         case {"pattern": pattern} if pattern == DURATION_PATTERN:
-            return "duration" if "x-kubernetes-validations" in schema else "duration, 0 allowed"
+            return "duration, 0 allowed" if ZERO_ALLOWED in schema["x-kubernetes-validations"] else "duration"
+        case {"x-kubernetes-int-or-string": True}:
+            return f"integer, {_range(schema)}, or string"
         case {"enum": values}:
             return " \\| ".join(f"`{value}`" for value in values)
         case {"type": "array", "items": items}:

@@ -34,7 +34,10 @@ Points = Annotated[
         min_length=1,
         max_length=MOST_POINTS,
         json_schema_extra=cel(
-            ("self.all(batch, batch.matches('^[1-9][0-9]{0,6}$'))", "batches are whole numbers from 1"),
+            (
+                f"self.all(batch, batch.matches('^[1-9][0-9]{{0,6}}$') && int(batch) <= {LARGEST_BATCH})",
+                f"batches are whole numbers from 1 to {LARGEST_BATCH}",
+            ),
             (
                 "self.all(a, self.all(b, int(a) > int(b) || duration(self[a]) <= duration(self[b])))",
                 "a larger batch cannot be faster",
@@ -53,7 +56,14 @@ class ServiceTime(Strict):
             (
                 "has(self.points) ? !has(self.base) && !has(self.perItem) : has(self.base) && has(self.perItem)",
                 "give either base and perItem, or points",
-            )
+            ),
+            (
+                (
+                    "has(self.points) || !has(self.base) || !has(self.perItem)"
+                    " || duration(self.base) + duration(self.perItem) > duration('0s')"
+                ),
+                "base and perItem must not both be zero",
+            ),
         )
     )
 

@@ -7,10 +7,10 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from meshctl.api.base import GpuProduct, Label, Strict, validated, wrong
+from meshctl.api.base import GpuProduct, Label, Strict, repeated, validated, wrong
 from meshctl.api.document import Fault, ManifestError, Place, parse, read_bounded
-from meshctl.api.modelroute import MOST_CLASSES, check_shares, normal_shares, repeated
 from meshctl.api.service import LARGEST_BATCH, ServiceTime
+from meshctl.api.sizes import MOST_CLASSES, check_shares, normal_shares
 from meshctl.api.units import Duration, Ratio
 from meshctl.model import Policy
 

@@ -24,19 +24,22 @@ LONGEST_S = 24 * 3600.0
 
 _DURATION = re.compile(DURATION_PATTERN)
 _PART = re.compile(r"([0-9]+(?:\.[0-9]+)?)(ns|us|ms|s|m|h)")
-_UNIT_S = {
-    "ns": Decimal("1e-9"),
-    "us": Decimal("1e-6"),
-    "ms": Decimal("1e-3"),
-    "s": Decimal(1),
-    "m": Decimal(60),
-    "h": Decimal(3600),
+_UNIT_NS = {
+    "ns": 1,
+    "us": 1_000,
+    "ms": 1_000_000,
+    "s": 1_000_000_000,
+    "m": 60_000_000_000,
+    "h": 3_600_000_000_000,
 }
 _EXAMPLE = "write a number with a unit, e.g. 150ms or 1m30s"
 
 
 def parse_duration(text: object) -> float:
-    """Seconds of a Kubernetes-style duration. Raises ValueError that says what to write instead."""
+    """Seconds of a Kubernetes-style duration, whole nanoseconds as in Go (a fraction of one is cut off).
+
+    Raises ValueError that says what to write instead.
+    """
     if isinstance(text, bool) or not isinstance(text, str | int | float):
         raise ValueError(f"must be a duration; {_EXAMPLE}")  # noqa: TRY004 - one exception type: pydantic maps it
     if not isinstance(text, str):
@@ -46,7 +49,7 @@ def parse_duration(text: object) -> float:
     if len(text) > DURATION_LENGTH or not _DURATION.fullmatch(text):
         bare = re.fullmatch(r"[0-9.]+", text)
         raise ValueError(f"has no unit; {_EXAMPLE}" if bare else f"is not a duration; {_EXAMPLE}")
-    seconds = float(sum(Decimal(number) * _UNIT_S[unit] for number, unit in _PART.findall(text)))
+    seconds = sum(int(Decimal(number) * _UNIT_NS[unit]) for number, unit in _PART.findall(text)) / 1e9
     if seconds > LONGEST_S:
         raise ValueError("is longer than a day; write at most 24h")
     return seconds
@@ -84,21 +87,37 @@ def _positive_s(value: Any) -> float:
     return seconds
 
 
-_TEXT = {"type": "string", "pattern": DURATION_PATTERN, "maxLength": DURATION_LENGTH}
-_NOT_ZERO = {"rule": "duration(self) > duration('0s')", "message": "must be longer than zero"}
+_IN_A_DAY = "duration(self) <= duration('24h')"
+ZERO_ALLOWED = {"rule": _IN_A_DAY, "message": "must be at most 24h"}
+_NOT_ZERO = {
+    "rule": f"duration(self) > duration('0s') && {_IN_A_DAY}",
+    "message": "must be longer than zero, and at most 24h",
+}
+
+
+def _schema(rule: dict[str, str]) -> WithJsonSchema:
+    return WithJsonSchema(
+        {
+            "type": "string",
+            "pattern": DURATION_PATTERN,
+            "maxLength": DURATION_LENGTH,
+            "x-kubernetes-validations": [rule],
+        }
+    )
+
 
 DurationOrZero = Annotated[
     float,
     BeforeValidator(_duration_s),
     PlainSerializer(format_duration, return_type=str),
-    WithJsonSchema(_TEXT),
+    _schema(ZERO_ALLOWED),
 ]
 """Seconds, at least 0; written as a duration."""
 Duration = Annotated[
     float,
     BeforeValidator(_positive_s),
     PlainSerializer(format_duration, return_type=str),
-    WithJsonSchema(_TEXT | {"x-kubernetes-validations": [_NOT_ZERO]}),
+    _schema(_NOT_ZERO),
 ]
 """Seconds, more than 0; written as a duration."""
 Ratio = Annotated[float, Field(ge=0, le=1)]

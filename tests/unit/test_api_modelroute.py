@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from meshctl import model as core
 from meshctl.api.base import validated
 from meshctl.api.document import ManifestError
 from meshctl.api.modelroute import ModelRoute
+from meshctl.api.objects import Key, read_object
 from tests.harness.manifests import ABSENT, changed, document, route
 
 CLASSES = [
@@ -26,10 +28,12 @@ FULL = route(
 )
 C = "spec.requestSize.classes"
 E = "spec.backend.endpoints"
+S = "spec.backend.service"
+SERVICE = {"name": "triton", "port": 8000}
 
 BAD: list[tuple[str, str, Any, str, str]] = [
     # test id, path, value, field that is named, message
-    ("unknown field", "spec.latency", "1s", "spec.latency", "is not a field here; known: backend, expectedLoad"),
+    ("unknown field", "spec.latency", "1s", "spec.latency", "is not a field here; known: backend, delegate"),
     ("misspelt field", "spec.slo.latncy", "1s", "spec.slo.latncy", "did you mean latency?"),
     ("misspelt in a list", f"{E}.0.adress", "x", f"{E}[0].adress", "did you mean address?"),
     ("snake case", f"{E}.0.metrics_port", 8002, f"{E}[0].metrics_port", "did you mean metricsPort?"),
@@ -37,7 +41,7 @@ BAD: list[tuple[str, str, Any, str, str]] = [
     ("empty model", "spec.model", "", "spec.model", "at least 1 character"),
     ("no spec", "spec", ABSENT, "spec", "is required"),
     ("spec is a list", "spec", [], "spec", "must be a mapping"),
-    ("spec is nothing", "spec", None, "spec", "must be a mapping (`field: value`), not nothing"),
+    ("spec is nothing", "spec", None, "spec", "is required; add it"),
     ("no SLO", "spec.slo", ABSENT, "spec.slo", "is required"),
     ("SLO without unit", "spec.slo.latency", 150, "spec.slo.latency", "150 has no unit; write a number with a unit"),
     ("SLO as text without unit", "spec.slo.latency", "150", "spec.slo.latency", "'150' has no unit"),
@@ -50,8 +54,27 @@ BAD: list[tuple[str, str, Any, str, str]] = [
     ("percentile as text", "spec.slo.percentile", "99%", "spec.slo.percentile", "must be a valid number, not '99%'"),
     ("percentile true", "spec.slo.percentile", True, "spec.slo.percentile", "must be a valid number, not true"),
     ("no backend", "spec.backend", ABSENT, "spec.backend", "is required"),
-    ("backend without servers", "spec.backend", {}, E, "is required"),
-    ("backend of another kind", "spec.backend.service", {}, "spec.backend.service", "known: endpoints"),
+    ("backend without servers", "spec.backend", {}, "spec.backend", "give either service (a Service"),
+    ("backend of another kind", "spec.backend.pods", {}, "spec.backend.pods", "known: endpoints, service"),
+    ("backend of both kinds", "spec.backend.service", SERVICE, "spec.backend", "give either service (a Service"),
+    ("Service port 0", "spec.backend", {"service": SERVICE | {"port": 0}}, f"{S}.port", "0 is neither a port (1 to"),
+    ("Service port as text", "spec.backend", {"service": SERVICE | {"port": "80"}}, f"{S}.port", "without quotes"),
+    ("Service port true", "spec.backend", {"service": SERVICE | {"port": True}}, f"{S}.port", "true is neither a port"),
+    ("Service with capitals", "spec.backend", {"service": SERVICE | {"name": "A"}}, f"{S}.name", "does not match"),
+    ("Service without a port", "spec.backend", {"service": {"name": "a"}}, f"{S}.port", "is required"),
+    ("address with zeros", f"{E}.0.address", "fd00:0::1", f"{E}[0].address", "usually written; write fd00::1"),
+    ("address with a zone", f"{E}.0.address", "fe80::1%eth0", f"{E}[0].address", "has a zone"),
+    ("IPv4 in IPv6", f"{E}.0.address", "::ffff:1.2.3.4", f"{E}[0].address", "or an IPv4 address inside"),
+    ("gateway with capitals", "spec.gateways", ["GW"], "spec.gateways[0]", "does not match"),
+    ("gateway with two slashes", "spec.gateways", ["a/b/c"], "spec.gateways[0]", "does not match"),
+    ("retries: 11", "spec.retry", {"attempts": 11}, "spec.retry.attempts", "less than or equal to 10, not 11"),
+    ("retries: -1", "spec.retry", {"attempts": -1}, "spec.retry.attempts", "greater than or equal to 0"),
+    ("try longer than all", "spec.retry.perTryTimeout", "11s", "spec.retry.perTryTimeout", "longer than timeout, 10s"),
+    ("warm-up without unit", "spec.warmUp", 0, "spec.warmUp", "0 has no unit"),
+    ("delegate for some hosts", "spec.delegate", True, "spec.hosts", "delegate excludes hosts: the VirtualService"),
+    ("name of 64 characters", "metadata.name", "a" * 64, "metadata.name", "more than 63 characters"),
+    ("annotation is a number", "metadata.annotations", {"a": 1}, "metadata.annotations.a", "must be a valid string"),
+    ("unknown metadata", "metadata.nmae", "a", "metadata.nmae", "did you mean name?"),
     ("empty fleet", E, [], E, "is empty; give at least 1"),
     ("fleet is a mapping", E, {"a": 1}, E, "must be a list, not a mapping"),
     ("endpoint is text", f"{E}.0", "10.0.0.1:80", f"{E}[0]", "must be a mapping"),
@@ -185,9 +208,9 @@ def test_shares_written_with_three_digits_are_scaled() -> None:
 
 
 def test_endpoints_are_ordered_and_addressed() -> None:
-    """Endpoints come by id, IPv6 in brackets and canonical, metrics on the port given or Triton's."""
+    """Endpoints come by id, IPv6 in brackets, metrics on the port given or Triton's."""
     endpoints = [
-        {"address": "fd00:0::1", "port": 8000, "gpu": "T4"},
+        {"address": "fd00::1", "port": 8000, "gpu": "T4"},
         {"address": "10.0.0.2", "port": 8000, "gpu": "V100", "metricsPort": 9, "gpuUUID": "GPU-1", "concurrency": 2},
     ]
     first, second = validated(ModelRoute, document(route(backend={"endpoints": endpoints}))).endpoints()
@@ -196,14 +219,109 @@ def test_endpoints_are_ordered_and_addressed() -> None:
 
 
 def test_endpoint_twice_is_named() -> None:
-    """The same address and port stands once, however the address is written."""
-    endpoints = [{"address": a, "port": 1, "gpu": "T4"} for a in ("::1", "0:0:0:0:0:0:0:1")]
-    with pytest.raises(ManifestError, match=r"endpoints\[1\]: \[::1\]:1 stands twice"):
+    """The same address and port stands once; the same address with another port is another server."""
+    endpoints = [{"address": "::1", "port": port, "gpu": "T4"} for port in (1, 2, 1)]
+    with pytest.raises(ManifestError, match=r"endpoints\[2\]: \[::1\]:1 stands twice"):
         validated(ModelRoute, document(route(backend={"endpoints": endpoints})))
 
 
+def test_service_needs_no_endpoints() -> None:
+    """Behind a Service the servers are found, not listed."""
+    found = validated(ModelRoute, document(route(backend={"service": {"name": "triton", "port": "http"}})))
+    assert found.endpoints() == ()
+    service = found.spec.backend.service
+    assert service is not None
+    assert (service.name, service.port, service.metrics_port, service.concurrency) == ("triton", "http", 8002, 1)
+
+
+def test_mesh_fields_are_converted() -> None:
+    """Gateways get the route's namespace where they name none, each once; retries and warm-up are in seconds."""
+    data = changed(FULL, "metadata.namespace", "ml")
+    data = changed(data, "spec.gateways", ["gw", "istio-system/public", "mesh", "ml/gw"])
+    data = changed(data, "spec.retry", {"attempts": 1, "perTryTimeout": "500ms", "idempotent": True})
+    found = validated(ModelRoute, document(changed(data, "spec.warmUp", "0s"))).route_spec()
+    assert found.gateways == ("ml/gw", "istio-system/public", "mesh")
+    assert (found.retry, found.warm_up_s, found.meshed) == (core.Retry(1, 0.5, idempotent=True), 0.0, True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"delegate": True, "gateways": ["gw"]}, "delegate excludes gateways"),
+        ({"gateways": ["gw"], "hosts": ["a.example.com:80"]}, "'a.example.com:80' has a port, which the Gateway says"),
+        ({"gateways": ["mesh"]}, "gateway mesh needs hosts of its own"),
+    ],
+    ids=["delegate with gateways", "host with a port", "all requests of all sidecars"],
+)
+def test_what_istio_would_refuse_is_refused(spec: dict[str, Any], message: str) -> None:
+    """Hosts and gateways that contradict each other are named before anything is written."""
+    with pytest.raises(ManifestError, match=message):
+        validated(ModelRoute, document(route(**spec)))
+
+
+def test_delegate_has_neither_hosts_nor_gateways() -> None:
+    """A delegate is in the mesh all the same."""
+    found = validated(ModelRoute, document(route(delegate=True))).route_spec()
+    assert (found.delegate, found.gateways, found.hosts, found.meshed) == (True, (), ("*",), True)
+
+
+def test_null_is_absent() -> None:
+    """`field: null` (or nothing after the colon) is the default, as for the API server."""
+    data = route(gateways=None, retry={"perTryTimeout": None}, expectedLoad=None, guard=None)
+    assert validated(ModelRoute, document(data)) == validated(ModelRoute, document(route()))
+
+
+AS_STORED: dict[str, Any] = {
+    "uid": "0c5f3d2e",
+    "generation": 3,
+    "resourceVersion": "42",
+    "creationTimestamp": "2026-01-01T00:00:00Z",
+    "labels": {"app.kubernetes.io/part-of": "ml"},
+    "annotations": {"meshctl.io/resumed-at": "2026-01-02T00:00:00Z"},
+    "managedFields": [{"manager": "kubectl", "fieldsV1": {"f:spec": {}}}],
+    "ownerReferences": [{"name": "x"}],
+}
+
+
+def as_stored(data: dict[str, Any]) -> dict[str, Any]:
+    """As `kubectl get -o yaml` prints it."""
+    status = {"conditions": [], "observedGeneration": 3, "fieldOfALaterVersion": 1}
+    return data | {"metadata": data["metadata"] | AS_STORED, "status": status}
+
+
 def test_manifest_read_back_from_kubernetes_is_valid() -> None:
-    """What the API server adds to metadata, and the status, do not make an object invalid."""
-    data = changed(changed(FULL, "metadata.uid", "1-2-3"), "metadata.managedFields", [{}])
-    data = changed(data, "status", {"conditions": [], "observedGeneration": 3})
-    assert validated(ModelRoute, document(data)).route_spec() == validated(ModelRoute, document(FULL)).route_spec()
+    """What the API server adds to metadata, and the status, do not make an object invalid; the origin is known."""
+    found = validated(ModelRoute, document(as_stored(FULL))).route_spec()
+    assert found.origin == core.Origin("0c5f3d2e", 3, "2026-01-02T00:00:00Z")
+    assert dataclasses.replace(found, origin=None) == validated(ModelRoute, document(FULL)).route_spec()
+
+
+def test_what_is_written_by_others_changes_nothing() -> None:
+    """A new status or resourceVersion gives an equal object, so that nothing is decided anew."""
+    stored = as_stored(FULL)
+    later = changed(changed(stored, "metadata.resourceVersion", "43"), "status", {"observedGeneration": 4})
+    assert validated(ModelRoute, document(later)) == validated(ModelRoute, document(stored))
+
+
+def test_object_of_an_older_schema_is_broken_not_fatal() -> None:
+    """An object that the API server stored before a rule existed is known by name, with what is wrong and no place."""
+    found = read_object(changed(as_stored(FULL), "spec.slo.latency", "150 ms"), "cluster")
+    assert (dict(found.objects), found.complete) == ({}, True)
+    assert found.broken == {Key("ModelRoute", "default", "resnet")}
+    (fault,) = found.faults
+    assert fault.problem().where == "cluster"
+    assert fault.problem().route == "default/resnet"
+    assert "'150 ms' is not a duration" in fault.message
+
+
+@pytest.mark.parametrize("value", [{}, {"apiVersion": "meshctl.io/v1alpha1", "kind": "ModelRoute"}, 5, None])
+def test_anything_else_in_place_of_an_object_is_a_fault(value: Any) -> None:
+    """Not even an answer that is no object is a crash."""
+    found = read_object(value, "cluster")
+    assert (found.objects, found.complete, len(found.faults)) == ({}, False, 1)
+
+
+def test_live_object_is_read_like_its_manifest() -> None:
+    """`read_object` and `read_manifest` give the same value."""
+    (live,) = read_object(as_stored(FULL), "cluster").objects.values()
+    assert live.value == validated(ModelRoute, document(as_stored(FULL)))
