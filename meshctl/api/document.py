@@ -75,7 +75,8 @@ class Fault:
         """The same for the loop and its status."""
         kind, _, name = self.subject.partition(" ")
         route = RouteId(name) if kind == "ModelRoute" else None
-        return Problem(str(self.place), ": ".join(filter(None, (self.subject, self.field, self.message))), route)
+        subject = "" if self.subject == str(self.place) else self.subject
+        return Problem(str(self.place), ": ".join(filter(None, (subject, self.field, self.message))), route)
 
 
 class ManifestError(InputError):

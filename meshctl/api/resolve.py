@@ -1,21 +1,57 @@
 """Objects -> desired routes: what takes several objects to see.
 
-Decides which profile serves a route (same namespace, same model, by GPU product) and who gets a host that two routes
-want: the first by id, whatever was written first, so that two readers of the same objects agree.
+Decides which servers a route has (static ones, or those found behind its Service), which profile serves it (same
+namespace, same model, by GPU product) and who gets a host that two routes want on the same gateway: the first by id,
+whatever was written first, so that two readers of the same objects agree. Routes that Git's own VirtualService
+delegates to want no hosts, so they never collide.
 Invariant: a DesiredRoute that did not change is the SAME object as before, and only then keeps its generation.
+
+A `Resolver` remembers what each route was made from, and looks again only at routes of which a part is another object
+now: of 1000 routes with 10 endpoints each, a pod that changes costs a walk over 1000 identities. Rejected: telling it
+which objects changed (whoever forgets one serves the past).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from meshctl.api.document import Fault, Severity
 from meshctl.api.modelprofile import ModelProfile
 from meshctl.api.modelroute import ModelRoute
 from meshctl.api.objects import Declared, Key
-from meshctl.model import DesiredRoute, RouteId, RouteSpec, ServiceProfile
+from meshctl.model import DesiredRoute, Endpoint, RouteId, RouteSpec, ServiceProfile
+
+Slot = tuple[str, str, str]
+"""Namespace, model, GPU product."""
+OWN_PROXIES = ""
+"""Instead of a gateway: the proxies of our own xDS server."""
+
+
+class ServiceRef(NamedTuple):
+    """What a route says of the Service that answers it."""
+
+    namespace: str
+    name: str
+    port: int | str
+    metrics_port: int
+    concurrency: int
+
+
+@dataclass(frozen=True, slots=True)
+class Servers:
+    """What was found behind a Service."""
+
+    endpoints: tuple[Endpoint, ...] = ()
+    """Ordered by id."""
+    remarks: tuple[str, ...] = ()
+    """What is wrong, and what to do."""
+
+
+Backends = Callable[[ServiceRef], Servers]
+"""The servers behind a Service: the SAME object as long as nothing changed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,32 +63,112 @@ class Resolved:
 
 
 def resolve(objects: Mapping[Key, Declared], previous: Mapping[RouteId, DesiredRoute]) -> Resolved:
-    """The routes that `objects` ask for; equal ones are taken from `previous`."""
+    """The routes that `objects` ask for, without a cluster: Services have no servers. Equal ones are of `previous`."""
+    return Resolver(previous).resolve(objects)
+
+
+@dataclass(frozen=True, slots=True)
+class _Claim:
+    """A route that has a host, or needs none."""
+
+    declared: Declared
+    spec: RouteSpec
+    """With the hosts that it got."""
+    service: ServiceRef | None
+    static: Servers
+
+    def with_hosts(self, hosts: tuple[str, ...]) -> _Claim:
+        return dataclasses.replace(self, spec=dataclasses.replace(self.spec, hosts=hosts))
+
+
+@dataclass(frozen=True, slots=True)
+class _Survey:
+    """What can be said of the objects without looking for servers."""
+
+    objects: Mapping[Key, Declared] = field(default_factory=dict)
+    claims: Mapping[RouteId, _Claim] = field(default_factory=dict)
+    """Ordered by id."""
+    profiles: Mapping[Slot, ServiceProfile] = field(default_factory=dict)
+    faults: tuple[Fault, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A route, and what it was made from."""
+
+    claim: _Claim
+    servers: Servers
+    profiles: Mapping[Slot, ServiceProfile]
+    route: DesiredRoute
+    faults: tuple[Fault, ...]
+
+
+def _nowhere(_: ServiceRef) -> Servers:
+    return _NOBODY
+
+
+_NOBODY = Servers()
+
+
+class Resolver:
+    """Resolves again and again. The mappings it is given must not change; others are given instead."""
+
+    def __init__(self, previous: Mapping[RouteId, DesiredRoute] | None = None) -> None:
+        self._routes = previous or {}
+        self._survey = _Survey()
+        self._parts: dict[RouteId, _Part] = {}
+
+    def resolve(self, objects: Mapping[Key, Declared], backends: Backends = _nowhere) -> Resolved:
+        """The routes that `objects` ask for now. What did not change is the same object as at the last call."""
+        if objects is not self._survey.objects:
+            self._survey = _survey(objects, self._survey)
+        profiles, parts = self._survey.profiles, {}
+        faults = list(self._survey.faults)
+        for route_id, claim in self._survey.claims.items():
+            servers = claim.static if claim.service is None else backends(claim.service)
+            part = self._parts.get(route_id)
+            if part is None or part.servers is not servers or part.claim is not claim or part.profiles is not profiles:
+                part = _part(claim, servers, profiles, self._routes.get(route_id))
+            parts[route_id] = part
+            faults += part.faults
+        self._parts = parts
+        self._routes = {route_id: part.route for route_id, part in parts.items()}
+        return Resolved(self._routes, tuple(faults))
+
+
+# ------------------------------------------------------------------------------------------------ what is asked for
+
+
+def _survey(objects: Mapping[Key, Declared], before: _Survey) -> _Survey:
     ordered = [objects[key] for key in sorted(objects)]
     profiles, faults = _profiles(ordered)
-    routes: dict[RouteId, DesiredRoute] = {}
-    owners: dict[str, RouteId] = {}
+    claims: dict[RouteId, _Claim] = {}
+    owners: dict[tuple[str, str], RouteId] = {}
     for declared in ordered:
         route = declared.value
         if not isinstance(route, ModelRoute):
             continue
-        hosts, taken = _free_hosts(declared, route, owners)
+        known = before.claims.get(route.id)
+        claim = known if known is not None and known.declared is declared else _claim(declared, route)
+        hosts, taken = _free_hosts(declared, route.spec.hosts, claim.spec, owners)
         faults += taken
-        if not hosts:
-            continue
-        namespace, model = route.metadata.namespace, route.spec.model
-        endpoints = route.endpoints()
-        products = sorted({endpoint.gpu for endpoint in endpoints})
-        found = {gpu: profiles[namespace, model, gpu] for gpu in products if (namespace, model, gpu) in profiles}
-        faults += _without_profile(declared, model, [gpu for gpu in products if gpu not in found])
-        spec = dataclasses.replace(route.route_spec(), hosts=hosts)
-        routes[route.id] = _kept(DesiredRoute(spec, endpoints, found), previous.get(route.id))
-    return Resolved(routes, tuple(faults))
+        if hosts:
+            claims[route.id] = claim if hosts == claim.spec.hosts else claim.with_hosts(hosts)
+    return _Survey(objects, claims, before.profiles if profiles == before.profiles else profiles, tuple(faults))
 
 
-def _profiles(ordered: Iterable[Declared]) -> tuple[dict[tuple[str, str, str], ServiceProfile], list[Fault]]:
-    found: dict[tuple[str, str, str], ServiceProfile] = {}
-    owners: dict[tuple[str, str, str], Declared] = {}
+def _claim(declared: Declared, route: ModelRoute) -> _Claim:
+    service = route.spec.backend.service
+    if service is None:
+        return _Claim(declared, route.route_spec(), None, Servers(route.endpoints()))
+    namespace = route.metadata.namespace
+    ref = ServiceRef(namespace, service.name, service.port, service.metrics_port, service.concurrency)
+    return _Claim(declared, route.route_spec(), ref, _NOBODY)
+
+
+def _profiles(ordered: Iterable[Declared]) -> tuple[dict[Slot, ServiceProfile], list[Fault]]:
+    found: dict[Slot, ServiceProfile] = {}
+    owners: dict[Slot, Declared] = {}
     faults: list[Fault] = []
     for declared in ordered:
         profile = declared.value
@@ -60,8 +176,7 @@ def _profiles(ordered: Iterable[Declared]) -> tuple[dict[tuple[str, str, str], S
             continue
         slot = (profile.metadata.namespace, profile.spec.model, profile.spec.gpu)
         if slot in owners:
-            owner = owners[slot]
-            what = f"{owner.key} ({owner.place}) already describes model {slot[1]} on {slot[2]}, and is used"
+            what = f"{_named(owners[slot])} already describes model {slot[1]} on {slot[2]}, and is used"
             faults.append(declared.fault("spec", f"{what}; remove one of the two"))
             continue
         owners[slot] = declared
@@ -69,35 +184,61 @@ def _profiles(ordered: Iterable[Declared]) -> tuple[dict[tuple[str, str, str], S
     return found, faults
 
 
+def _named(declared: Declared) -> str:
+    """The object, and where it stands if that is elsewhere."""
+    name, place = str(declared.key), str(declared.place)
+    return name if place == name else f"{name} ({place})"
+
+
 def _free_hosts(
-    declared: Declared, route: ModelRoute, owners: dict[str, RouteId]
+    declared: Declared, wanted: tuple[str, ...], spec: RouteSpec, owners: dict[tuple[str, str], RouteId]
 ) -> tuple[tuple[str, ...], list[Fault]]:
-    """The route's hosts that no route before it has (these are now its own), and a fault for each that one has."""
-    free = tuple(host for host in route.spec.hosts if host not in owners)
+    """The hosts that no route before it has on any of its gateways (these are now its own), and a fault for each that
+    one has."""
+    if spec.delegate:
+        return wanted, []
+    gateways = spec.gateways or (OWN_PROXIES,)
+    taken = {
+        host: (gateway, owners[gateway, host]) for gateway in gateways for host in wanted if (gateway, host) in owners
+    }
+    free = tuple(host for host in wanted if host not in taken)
     faults = [
         declared.fault(
             f"spec.hosts[{index}]",
-            f"{host!r} is served by ModelRoute {owners[host]}, which comes first by name; "
+            f"{host!r} is served by ModelRoute {taken[host][1]}"
+            + (f" on gateway {taken[host][0]}" if taken[host][0] else "")
+            + ", which comes first by name; "
             + ("choose other hosts" if free else "this route serves nothing until it has a host of its own"),
         )
-        for index, host in enumerate(route.spec.hosts)
-        if host in owners
+        for index, host in enumerate(wanted)
+        if host in taken
     ]
-    owners.update(dict.fromkeys(free, route.id))
+    owners.update({(gateway, host): spec.id for gateway in gateways for host in free})
     return free, faults
 
 
-def _without_profile(declared: Declared, model: str, products: list[str]) -> list[Fault]:
-    return [
-        dataclasses.replace(
-            declared.fault(
-                "spec.backend.endpoints",
-                f"no ModelProfile for model {model} on {gpu}: a prior is used until times are observed; add one",
-            ),
-            severity=Severity.WARNING,
-        )
-        for gpu in products
+# ----------------------------------------------------------------------------------------------- what is made of it
+
+
+def _part(
+    claim: _Claim, servers: Servers, profiles: Mapping[Slot, ServiceProfile], before: DesiredRoute | None
+) -> _Part:
+    namespace, model = claim.declared.key.namespace, claim.spec.model
+    products = sorted({endpoint.gpu for endpoint in servers.endpoints} - {""})
+    found = {gpu: profiles[namespace, model, gpu] for gpu in products if (namespace, model, gpu) in profiles}
+    where = "spec.backend.endpoints" if claim.service is None else "spec.backend.service"
+    remarks = [
+        *servers.remarks,
+        *(
+            f"no ModelProfile for model {model} on {gpu}: a prior is used until times are observed; add one"
+            for gpu in products
+            if gpu not in found
+        ),
     ]
+    faults = tuple(
+        dataclasses.replace(claim.declared.fault(where, remark), severity=Severity.WARNING) for remark in remarks
+    )
+    return _Part(claim, servers, profiles, _kept(DesiredRoute(claim.spec, servers.endpoints, found), before), faults)
 
 
 def _kept(new: DesiredRoute, old: DesiredRoute | None) -> DesiredRoute:
