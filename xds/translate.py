@@ -22,7 +22,6 @@ subsets (need a metadata match per size class and can't weigh single endpoints).
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -45,20 +44,18 @@ from meshctl.model import (
     LoadBalancer,
     Plan,
     Problem,
+    Retry,
     RouteId,
     RoutePlan,
     RouteSpec,
     SizeClass,
     cluster_name,
 )
-from xds.intrange import INTEGER_PREFIX, range_pattern
+from xds.requests import LEGACY_HEADER, bare_hosts, retry_on, size_pattern
 from xds.wire import TypeUrl, field, packed
 
 ROUTE_CONFIGURATION = "meshctl"
 """The one RouteConfiguration, which every listener of ours asks for."""
-LEGACY_HEADER = "nv-inferrequest"
-"""Its value holds the size among other words: ``request_id: 7 batch_size: 100 ...``."""
-
 UNLIMITED = 2**32 - 1
 """Envoy's default circuit breakers (1024) answer bursts with 503. Queueing is the servers' business."""
 _INT64_MAX = 2**63 - 1
@@ -118,7 +115,7 @@ def translate_route(plan: RoutePlan) -> RouteResources:
     names = {size: cluster_name(spec.id, size) for size in (*(s.name for s in spec.sizes), DEFAULT_CLASS)}
     return RouteResources(
         route=spec.id,
-        hosts=_hosts(spec.hosts),
+        hosts=bare_hosts(spec.hosts),
         clusters={name: cluster(spec.id, name, cluster_tail(plan.load_balancer)) for name in names.values()},
         assignments={name: _assignment(plan, size, name) for size, name in names.items()},
         virtual_host=_virtual_host(spec, names),
@@ -306,48 +303,45 @@ def _lb_weight(weight: int) -> bytes:
 # -------------------------------------------------------------------------------------------------------------- routes
 
 
-def _hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
-    """Lower case, without ports (the port of a request's authority is ignored too), each once, in order."""
-    return tuple(dict.fromkeys(re.sub(r"(?<=[^:]):[0-9]+$", "", host.lower()) for host in hosts))
-
-
 def _virtual_host(spec: RouteSpec, names: Mapping[str, str]) -> Resource:
+    action = _action_tail(spec.timeout_s, spec.retry)
     routes = [
-        _route(_match(spec.headers[: i + 1], size), names[size.name], spec.timeout_s)
+        _route(_match(spec.headers[: i + 1], size), names[size.name], action)
         for i in range(len(spec.headers))
         for size in spec.sizes
     ]
-    routes.append(_route(_match((), None), names[DEFAULT_CLASS], spec.timeout_s))
+    routes.append(_route(_match((), None), names[DEFAULT_CLASS], action))
     data = b"".join(field(3, route) for route in routes)
     return Resource(str(spec.id), spec.id, data, _digest(str(spec.id), data), tuple(names.values()))
 
 
-def _route(match: bytes, cluster: str, timeout_s: float) -> bytes:
+def _route(match: bytes, cluster: str, action_tail: bytes) -> bytes:
     """An encoded Route: match = 1, route = 2; of the RouteAction, cluster = 1."""
-    action = _text(1, cluster) + _action_tail(timeout_s)
-    return match + field(2, action)
+    return match + field(2, _text(1, cluster) + action_tail)
 
 
 @lru_cache(maxsize=1024)
-def _action_tail(timeout_s: float) -> bytes:
+def _action_tail(timeout_s: float, retry: Retry) -> bytes:
     """All of a RouteAction but its cluster."""
+    policy = _retry_policy(retry) if retry.attempts > 0 else None
+    return bytes(route_v3.RouteAction(timeout=timedelta(seconds=timeout_s), retry_policy=policy))
+
+
+def _retry_policy(retry: Retry) -> route_v3.RetryPolicy:
     previous_hosts = route_v3.RetryPolicyRetryHostPredicate(
         name="envoy.retry_host_predicates.previous_hosts",
         typed_config=Any(
             type_url="type.googleapis.com/envoy.extensions.retry.host.previous_hosts.v3.PreviousHostsPredicate"
         ),
     )
-    action = route_v3.RouteAction(
-        timeout=timedelta(seconds=timeout_s),
-        # Only what no server can have begun: inference is expensive and need not be idempotent.
-        retry_policy=route_v3.RetryPolicy(
-            retry_on="connect-failure,refused-stream,reset-before-request",
-            num_retries=2,
-            retry_host_predicate=[previous_hosts],
-            host_selection_retry_max_attempts=5,
-        ),
+    limit_s = retry.per_try_timeout_s
+    return route_v3.RetryPolicy(
+        retry_on=retry_on(retry),
+        num_retries=retry.attempts,
+        per_try_timeout=None if limit_s is None else timedelta(seconds=limit_s),
+        retry_host_predicate=[previous_hosts],
+        host_selection_retry_max_attempts=5,
     )
-    return bytes(action)
 
 
 @lru_cache(maxsize=4096)
@@ -361,15 +355,12 @@ def _match(headers: tuple[str, ...], size: SizeClass | None) -> bytes:
 
 
 def _size_matcher(header: str, size: SizeClass) -> route_v3.HeaderMatcher:
-    """Envoy's range is [start, end). It takes what is a decimal integer as a whole ("8", "+8", "008") and nothing
-    else, so "abc", "1e9", "" and "8,64" match no class. Of a header that is repeated it takes any value: the smallest
-    class that one of them names."""
+    """Envoy's range is [start, end); what it takes is said at `size_pattern`. Of a header that is repeated it takes any
+    value: the smallest class that one of them names."""
     if header != LEGACY_HEADER:
         end = min(size.max_batch + 1, _INT64_MAX)
         return route_v3.HeaderMatcher(name=header, range_match=type_v3.Int64Range(start=size.min_batch, end=end))
-    number = INTEGER_PREFIX + range_pattern(size.min_batch, size.max_batch)
-    pattern = rf"(.*[\s,;])?batch_size:\s*{number}([\s,;].*)?"
-    matcher = matcher_v3.StringMatcher(safe_regex=matcher_v3.RegexMatcher(regex=pattern))
+    matcher = matcher_v3.StringMatcher(safe_regex=matcher_v3.RegexMatcher(regex=size_pattern(header, size)))
     return route_v3.HeaderMatcher(name=header, string_match=matcher)
 
 
