@@ -1,0 +1,137 @@
+"""What is worth an Event: transitions, found by comparing two statuses or two plans. Pure.
+
+An Event tells what happened; what holds is in the conditions. So a state that stays is told once, whoever leads and
+however often it is restarted: the status before is the live object's, not this process's memory. Endpoints that are
+drained are in no status; they are told from one plan to the next, and forgotten by a restart.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from meshctl.controller.conditions import ConditionType, Status
+from meshctl.controller.statuses import StatusObject, conditions_of, words
+from meshctl.model import EndpointId, ReasonCode, RoutePlan
+
+NORMAL, WARNING = "Normal", "Warning"
+MESSAGE_CHARS = 1024
+"""The API server's limit."""
+PER_MINUTE = 10
+"""Events about one object: the API server's own limit for a client is 25 and then one per 5 minutes."""
+REPEAT_S = 60.0
+"""An Event that says the same is not sent again within this time."""
+TOLD = 5
+"""Endpoints that change together and are told one by one; more are one Event."""
+_MINUTE_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """An Event to be."""
+
+    type: str
+    reason: str
+    message: str
+    action: str
+
+
+# ------------------------------------------------------------------------------------------------------ transitions
+
+_Condition = Mapping[str, Any]
+
+
+def of_statuses(old: StatusObject, new: StatusObject) -> tuple[Notice, ...]:
+    """What the step from the live status `old` to `new` is worth telling, in the order of the conditions."""
+    before = conditions_of(old)
+    found = (_of_condition(type_, before.get(type_, {}), now) for type_, now in conditions_of(new).items())
+    return tuple(notice for notice in found if notice is not None)
+
+
+def _of_condition(type_: str, was: _Condition, now: _Condition) -> Notice | None:
+    flipped = was.get("status") != now["status"]
+    reason, message = str(now["reason"]), str(now["message"])
+    match type_, now["status"]:
+        case ConditionType.PROGRAMMED, Status.TRUE if flipped:
+            return Notice(NORMAL, "Programmed", f"the weights are in force: acknowledged {message}", "Program")
+        case ConditionType.PROGRAMMED, Status.FALSE if reason == ReasonCode.QUARANTINED != was.get("reason"):
+            return Notice(WARNING, reason, message, "Program")
+        case ConditionType.CONFLICT, Status.TRUE if flipped:
+            return Notice(WARNING, "Conflict", message, "Program")
+        case ConditionType.CONFLICT, Status.FALSE if was and flipped:
+            return Notice(NORMAL, "ConflictEnded", message, "Program")
+        case ConditionType.SLO_FEASIBLE, Status.FALSE if flipped:
+            return Notice(WARNING, reason, message, "Decide")
+        case ConditionType.SLO_FEASIBLE, Status.TRUE if was.get("status") == Status.FALSE:
+            return Notice(NORMAL, reason, message, "Decide")
+        case ((ConditionType.RESOLVED | "Accepted"), Status.FALSE) if flipped or _renewed(was, now):
+            return Notice(WARNING, reason, message, "Resolve")
+        case ((ConditionType.RESOLVED | "Accepted"), Status.TRUE) if was and flipped:
+            return Notice(NORMAL, reason, message, "Resolve")
+    return None
+
+
+def _renewed(was: _Condition, now: _Condition) -> bool:
+    """Another cause, or the same one in a newer version of the object."""
+    return any(was.get(name) != now.get(name) for name in ("reason", "observedGeneration"))
+
+
+def of_plans(before: RoutePlan, after: RoutePlan) -> tuple[Notice, ...]:
+    """Endpoints drained and recovered, and a route suspended or resumed."""
+    if before is after:
+        return ()
+    known = {endpoint.id: endpoint.gpu or "unknown GPU" for endpoint in after.route.endpoints}
+    why = {r.subject: r.message for r in after.reasons if r.code in _DRAINED}
+    drained = sorted(after.drained - before.drained)
+    recovered = sorted((before.drained - after.drained) & known.keys())
+    down = [f"{id_} ({known.get(id_)}) gets no requests: {why.get(id_, 'drained')}" for id_ in drained]
+    up = [f"{id_} ({known[id_]}) is tried again, with a small weight at first" for id_ in recovered]
+    return (
+        *_suspension(before.route.spec.suspend, after.route.spec.suspend),
+        *_each(NORMAL, "EndpointRecovered", up, recovered, "Recover"),
+        *_each(WARNING, "EndpointDrained", down, drained, "Drain"),
+    )
+
+
+_DRAINED = frozenset({ReasonCode.DRAINED_ERRORS, ReasonCode.DRAINED_HANG})
+
+
+def _suspension(before: bool, after: bool) -> Iterator[Notice]:
+    if after and not before:
+        yield Notice(NORMAL, "Suspended", "spec.suspend is true: the weights stay as they are", "Suspend")
+    if before and not after:
+        yield Notice(NORMAL, "Resumed", "spec.suspend is false: the weights follow the signals again", "Suspend")
+
+
+def _each(
+    type_: str, reason: str, messages: Sequence[str], endpoints: Sequence[EndpointId], action: str
+) -> Iterator[Notice]:
+    if len(messages) <= TOLD:
+        yield from (Notice(type_, reason, message, action) for message in messages)
+    else:
+        named = ", ".join(endpoints[:TOLD])
+        yield Notice(type_, reason, f"{len(endpoints)} endpoints at once: {named} ...", action)
+
+
+# -------------------------------------------------------------------------------------------------------------- rate
+
+
+@dataclass(slots=True)
+class Budget:
+    """What one object may still be told about: no repetition within `REPEAT_S`, `PER_MINUTE` in any minute."""
+
+    _sent: deque[tuple[float, str, str]] = field(default_factory=deque)
+    """When, reason, words; the last minute's."""
+
+    def allows(self, notice: Notice, now_s: float) -> bool:
+        """True once: the Notice is then counted as sent."""
+        while self._sent and self._sent[0][0] <= now_s - max(_MINUTE_S, REPEAT_S):
+            self._sent.popleft()
+        said = words(notice.message)
+        again = any((reason, message) == (notice.reason, said) for _, reason, message in self._sent)
+        if again or len(self._sent) >= PER_MINUTE:
+            return False
+        self._sent.append((now_s, notice.reason, said))
+        return True
