@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
+import http.client
 import os
 import signal
 import socket
+import ssl
 import subprocess
+import time
+import urllib.request
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
-import aiohttp
 import pytest
 
 DEADLINE_S = 60.0
 """Generous: whoever reaches it has failed, on any machine."""
 POLL_S = 0.05
+T = TypeVar("T")
 
 _SCRIPT = Path(__file__).parents[2] / "scripts" / "tools.sh"
 
 
 def require(tool: str) -> Path:
-    """Where `tool` (prometheus, triton) is. Without it a test skips, but fails in CI, where it must be."""
+    """Where `tool` is, as scripts/tools.sh says. Without it a test skips, but fails in CI, where it must be."""
     found = subprocess.run([_SCRIPT, "where", tool], capture_output=True, text=True, timeout=DEADLINE_S)
     if found.returncode == 0:
         return Path(found.stdout.strip())
@@ -53,20 +58,42 @@ async def until(holds: Callable[[], Awaitable[bool]], what: str, deadline_s: flo
         raise AssertionError(f"not within {deadline_s:g} s: {what}") from late
 
 
-async def answers(session: aiohttp.ClientSession, url: str) -> bool:
-    """Whether a GET of `url` is answered 200."""
+def holds_by(holds: Callable[[], bool], what: str, deadline_s: float = DEADLINE_S) -> None:
+    """`until`, without an event loop."""
+    deadline = time.monotonic() + deadline_s
+    while not holds():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {deadline_s:g} s: {what}")
+        time.sleep(POLL_S)
+
+
+def answers(url: str, trusted: ssl.SSLContext | None = None) -> bool:
+    """Whether a GET of `url` is answered 200; https where the certificate is `trusted`."""
     try:
-        async with session.get(url, timeout=aiohttp.ClientTimeout(total=5.0)) as response:
-            return response.status == 200
-    except (aiohttp.ClientError, TimeoutError):
+        with urllib.request.urlopen(url, timeout=5.0, context=trusted) as response:  # noqa: S310 (http(s) of our own)
+            return bool(response.status == 200)
+    except (OSError, http.client.HTTPException):
         return False
 
 
+async def completed(function: Callable[..., T], *arguments: object) -> T:
+    """What a blocking `function` returns, run in a thread. A cancellation waits for its end: nothing is half done."""
+    work = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        await asyncio.wait([work])
+        raise
+
+
 class ToolProcess:
-    """A child with its log in `directory`; an async context manager that enters when `ready_url` answers 200.
+    """A child with its log in `directory`; started when it says that it is ready, by default with a 200 at `ready_url`.
 
     Subclasses give `command` for the ports that were chosen. A program that ends at once (its port was taken in the
-    meantime) is started again with other ports.
+    meantime) is started again with other ports; one that is started a second time keeps its ports, which others know.
+
+    Bound to no event loop, so that one that a whole session shares serves tests with loops of their own: `start` and
+    `stop` block, ``async with`` runs them in a thread. What still runs when the interpreter ends is stopped then.
     """
 
     name = "tool"
@@ -77,7 +104,7 @@ class ToolProcess:
         self.directory = directory
         self.log = directory / f"{self.name}.log"
         self.ports: list[int] = []
-        self.process: asyncio.subprocess.Process | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     def command(self) -> Sequence[str | Path]:
         raise NotImplementedError
@@ -89,18 +116,46 @@ class ToolProcess:
     def ready_url(self) -> str:
         raise NotImplementedError
 
-    async def __aenter__(self) -> Self:
+    def ready(self) -> bool:
+        """Whether it is, now."""
+        return answers(self.ready_url)
+
+    def start(self) -> Self:
+        """Returns when it is ready."""
         self.directory.mkdir(parents=True, exist_ok=True)
+        restarted = bool(self.ports)
         for _ in range(self._TRIES):
-            self.ports = free_ports(self.port_count)
-            await self._spawn()
+            if not restarted:
+                self.ports = free_ports(self.port_count)
+            self._spawn()
             try:
-                if await self._came_up():
+                if self._came_up():
                     return self
             except BaseException:
-                await self.end(signal.SIGKILL)
+                self.stop(signal.SIGKILL)
                 raise
-        raise AssertionError(f"{self.name} ended while starting:\n{self.log.read_text(errors='replace')[-4000:]}")
+        raise AssertionError(f"{self.name} ended while starting:\n{self._tail()}")
+
+    def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
+        """Signal the whole group; SIGKILL follows where that is not enough. Harmless when it has ended."""
+        process, self.process = self.process, None
+        _running.discard(self)
+        if process is None or process.poll() is not None:
+            return
+        os.killpg(process.pid, number)
+        os.killpg(process.pid, signal.SIGCONT)  # a frozen one takes no other signal
+        try:
+            process.wait(10.0)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    async def __aenter__(self) -> Self:
+        try:
+            return await completed(self.start)
+        except asyncio.CancelledError:
+            self.stop(signal.SIGKILL)
+            raise
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -108,17 +163,8 @@ class ToolProcess:
         await self.end()
 
     async def end(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Signal the whole group; SIGKILL follows where that is not enough. Harmless when it has ended."""
-        process, self.process = self.process, None
-        if process is None:
-            return
-        if process.returncode is None:
-            os.killpg(process.pid, number)
-            try:
-                await asyncio.wait_for(process.wait(), 10.0)
-            except TimeoutError:
-                os.killpg(process.pid, signal.SIGKILL)
-                await process.wait()
+        """`stop`, while the event loop goes on."""
+        await completed(self.stop, number)
 
     def freeze(self) -> None:
         """Stop it in mid-air: it keeps its sockets and answers nothing."""
@@ -131,25 +177,29 @@ class ToolProcess:
         assert self.process is not None, f"{self.name} is not running"
         os.killpg(self.process.pid, number)
 
-    async def _spawn(self) -> None:
+    def _spawn(self) -> None:
+        command, environment = self.command(), self.environment()
         with self.log.open("ab") as log:
-            self.process = await asyncio.create_subprocess_exec(
-                *self.command(),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=self.environment(),
-                start_new_session=True,
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )
+        _running.add(self)
 
-    async def _came_up(self) -> bool:
-        """True when it answers, False when it ended instead."""
+    def _came_up(self) -> bool:
+        """True when it is ready, False when it ended instead."""
         process = self.process
         assert process is not None
-        async with aiohttp.ClientSession() as session:
+        holds_by(lambda: process.poll() is not None or self.ready(), f"{self.name} is ready; its log: {self.log}")
+        return process.poll() is None
 
-            async def settled() -> bool:
-                return process.returncode is not None or await answers(session, self.ready_url)
+    def _tail(self) -> str:
+        return self.log.read_text(errors="replace")[-4000:]
 
-            await until(settled, f"{self.name} answers at {self.ready_url}; its log: {self.log}")
-        return process.returncode is None
+
+_running: set[ToolProcess] = set()
+
+
+@atexit.register
+def _stop_what_runs() -> None:
+    for tool in sorted(_running, key=lambda tool: tool.name):
+        tool.stop()

@@ -1,0 +1,21 @@
+"""The cluster that tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cluster.cluster import Cluster
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Kubernetes, our CRDs, Istio, and two gateways, up once for the session; tests of any loop scope may use it.
+
+    A test makes a namespace of its own (``await cluster.namespace()``) and route hosts of its own, changes nothing
+    outside them, and stops nothing: one that breaks things starts a `Cluster` for itself.
+    """
+    shared = Cluster(tmp_path_factory.mktemp("cluster"), istio=True, gateways=2).up()
+    yield shared
+    shared.down()
