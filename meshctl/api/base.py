@@ -32,6 +32,8 @@ SET: dict[str, JsonValue] = {"x-kubernetes-list-type": "set"}
 """Of a list: no value twice."""
 Unread = Annotated[None, BeforeValidator(lambda _: None)]
 """A field that others use: let through, not kept."""
+Text = Annotated[str, BeforeValidator(lambda value: "" if value is None else value)]
+"""A string in a map, where the API server takes null for an empty one."""
 
 
 class Strict(BaseModel):
@@ -62,11 +64,11 @@ class Metadata(Strict):
 
     name: Annotated[str, Field(pattern=DNS_SUBDOMAIN, max_length=253)]
     namespace: Label = "default"
-    labels: dict[Annotated[str, Field(pattern=LABEL_KEY)], Annotated[str, Field(pattern=LABEL_VALUE)]] = {}
-    annotations: dict[Annotated[str, Field(pattern="(?i)" + LABEL_KEY)], str] = {}
+    labels: dict[Annotated[str, Field(pattern=LABEL_KEY)], Annotated[Text, Field(pattern=LABEL_VALUE)]] = {}
+    annotations: dict[Annotated[str, Field(pattern="(?i)" + LABEL_KEY)], Text] = {}
     uid: str = ""
     """"" when it is not from a cluster."""
-    generation: Annotated[int, Field(ge=0)] = 0
+    generation: int = 0
     deletion_timestamp: str | None = None
     """Since when it is being deleted; None when it is not."""
     creation_timestamp: Unread = None

@@ -2,7 +2,9 @@
 
 Invariant: whatever the text is, `parse` returns documents or raises `ManifestError` with a place, in bounded time and
 memory: the text is at most `MAX_BYTES`, aliases expand to at most `MAX_NODES` values, nesting is at most `MAX_DEPTH`.
-Keys are always strings, as in JSON, so that ``{1: 5ms}`` and ``{"1": 5ms}`` say the same.
+Keys are always strings, as in JSON, so that ``{1: 5ms}`` and ``{"1": 5ms}`` say the same. What YAML 1.1 and 1.2 read
+differently is read as kubectl does, so that a file means the same in a directory and in a cluster: ``yes`` and ``off``
+are booleans, ``010`` is eight, ``8e3`` is the integer 8000.
 
 Rejected: ruamel's round-trip objects, which know lines too, but share what an alias repeats (so nothing bounds a later
 walk over them) and keep comments and styles nobody asks for here; a second parser for JSON, which is YAML already.
@@ -30,6 +32,10 @@ MAX_NODES = 1_000_000
 """Values of one file after aliases are expanded; a 4 MiB file without aliases has fewer."""
 MAX_DEPTH = 32
 """Of nesting; the deepest field of the API is at 7."""
+
+_BOOLEANS = {word: truth for truth, words in ((True, "y yes on"), (False, "n no off")) for word in words.split()}
+_EXACT = 2**53
+"""Whole numbers below this are exact as floats."""
 
 FieldPath = tuple[str | int, ...]
 _TAG = "tag:yaml.org,2002:"
@@ -217,15 +223,29 @@ class _Budget:
                 case "bool":
                     return node.value.lower() == "true"
                 case "int":
-                    return int(node.value.replace("_", ""), 0 if node.value.lstrip("+-")[:2] in {"0x", "0o"} else 10)
+                    return _integer(node.value.replace("_", ""))
                 case "float":
-                    text = node.value.lower().replace("_", "")
-                    return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+                    return _number(node.value.lower().replace("_", ""))
+                case "str" if node.style is None and node.value.lower() in _BOOLEANS:
+                    return _BOOLEANS[node.value.lower()]
                 case "str" | "timestamp":
                     return node.value
         except ValueError as error:  # an integer of thousands of digits, a spelling of .Inf that Python does not know
             raise _error(self.file, *_mark(node), f"has a number that cannot be read: {short(node.value)}") from error
         raise _error(self.file, *_mark(node), f"has the tag {node.tag}, which is not supported; remove it")
+
+
+def _integer(text: str) -> int | float:
+    digits = text.lstrip("+-")
+    if digits[:1] == "0" and digits.isdigit() and len(digits) > 1:
+        return int(text, 8) if not set(digits) & {"8", "9"} else _number(text)
+    return int(text, 0 if digits[:1] == "0" and digits != "0" else 10)
+
+
+def _number(text: str) -> int | float:
+    """An integer where it is one, as in JSON, which writes 8e3 and 8000.0 as 8000."""
+    value = float(text.replace(".inf", "inf").replace(".nan", "nan"))
+    return int(value) if value.is_integer() and abs(value) < _EXACT else value
 
 
 def _mark(node: Any) -> tuple[int, int]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 
 from meshctl.api.base import Strict, cel, wrong
 from meshctl.api.units import Duration, DurationOrZero
@@ -28,6 +28,11 @@ def _non_decreasing(points: dict[str, float]) -> dict[str, float]:
     return dict(ordered)
 
 
+def _null_is_absent(points: Any) -> Any:
+    """As for the API server; see `Strict`."""
+    return {batch: time for batch, time in points.items() if time is not None} if isinstance(points, dict) else points
+
+
 Points = Annotated[
     dict[str, Duration],
     Field(
@@ -44,6 +49,7 @@ Points = Annotated[
             ),
         ),
     ),
+    BeforeValidator(_null_is_absent),
     AfterValidator(_non_decreasing),
 ]
 

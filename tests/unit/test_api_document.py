@@ -69,11 +69,32 @@ def test_several_documents_keep_their_lines() -> None:
     assert second.place(("nowhere",)) == Place("f.yaml", 4, 1)
 
 
-def test_scalars_are_those_of_yaml_1_2() -> None:
-    """`yes` and dates are text, 010 is ten, keys are text whatever they look like."""
-    (found,) = parse(b"{a: yes, b: 010, c: 0x1f, d: 1e3, e: 2026-01-01, f: ~, g: TRUE, 8: 1_000, h: 0o17}", "f.yaml")
-    expected = {"a": "yes", "b": 10, "c": 31, "d": 1000.0, "e": "2026-01-01", "f": None, "g": True, "8": 1000, "h": 15}
-    assert found.data == expected
+def test_scalars_are_those_of_kubectl() -> None:
+    """`yes` is true (quoted it is text), dates are text, 010 is eight, keys are text whatever they look like."""
+    content = b"{a: yes, b: 010, c: 0x1f, d: 1e3, e: 2026-01-01, f: ~, g: TRUE, 8: 1_000, i: Off, j: 'no', on: 0}"
+    (found,) = parse(content, "f.yaml")
+    first = {"a": True, "b": 8, "c": 31, "d": 1000, "e": "2026-01-01", "f": None, "g": True, "8": 1000}
+    assert found.data == {**first, "i": False, "j": "no", "on": 0}
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        ("8000.0", 8000),
+        ("8e3", 8000),
+        ("0b11", 3),
+        ("0o17", 15),
+        ("0", 0),
+        ("-0", 0),
+        ("09", 9),
+        ("-010", -8),
+        ("1.5", 1.5),
+    ],
+)
+def test_whole_number_is_an_integer_however_it_is_written(written: str, value: float) -> None:
+    """JSON knows one kind of number: a port may be written 8e3, and is the integer 8000."""
+    (found,) = parse(f"a: {written}".encode(), "f.yaml")
+    assert (found.data["a"], type(found.data["a"])) == (value, type(value))
 
 
 def test_anchors_and_merges_are_followed() -> None:
