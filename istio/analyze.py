@@ -1,1 +1,0 @@
-"""What Istio's CRD schema lets through and istiod or Envoy would not. Pure."""
