@@ -118,6 +118,11 @@ class Resolver:
         self._survey = _Survey()
         self._parts: dict[RouteId, _Part] = {}
 
+    @property
+    def services(self) -> frozenset[ServiceRef]:
+        """What was asked of `backends` at the last call."""
+        return frozenset(claim.service for claim in self._survey.claims.values() if claim.service is not None)
+
     def resolve(self, objects: Mapping[Key, Declared], backends: Backends = _nowhere) -> Resolved:
         """The routes that `objects` ask for now. What did not change is the same object as at the last call."""
         if objects is not self._survey.objects:

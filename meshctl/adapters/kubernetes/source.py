@@ -1,0 +1,182 @@
+"""Desired state from Kubernetes: `ports.Source` over the watched copy of the API server's objects.
+
+Nothing here waits for the API server after the start: `desired` is what the copy said at the last look. Rules:
+- An object that is not valid (it passed an older schema, or another version of ours wrote it) keeps its last valid
+  version in force, as long as it is the same object (UID). One that is being deleted is gone.
+- While a kind that decides is not completely known (its CRD was taken away, access was refused), everything stays as
+  it was: what is missing from such a copy was not deleted by anybody.
+- Only what is read counts as a change: our own writes to the status, labels and the like wake nobody.
+
+A look compares identities and repeats only what changed; with 1000 routes and 10,000 pods it takes a few milliseconds,
+in the event loop: a thread would read a copy that changes under it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from meshctl.adapters.kubernetes.kinds import MANDATORY, OPTIONAL, OWN_ANNOTATIONS
+from meshctl.adapters.kubernetes.services import Services
+from meshctl.api.base import validated
+from meshctl.api.document import Document, Fault, ManifestError
+from meshctl.api.objects import KINDS, Declared, Key
+from meshctl.api.resolve import Resolver
+from meshctl.errors import MeshctlError
+from meshctl.model import Problem
+from meshctl.ports import Desired, KubeObject, ObjectKey, Objects
+
+START_S = 30.0
+"""A large cluster is listed within this; who may not list is told so after it."""
+OPTIONAL_S = 3.0
+"""What can be done without is waited for this long, so that the first decision has it where it is to be had."""
+QUIET_S = 0.02
+"""A roll-out changes pods and slices in bursts; what comes within this is one change."""
+
+Read = dict[str, Any]
+"""What of an object is read."""
+
+
+class KubernetesSource:
+    """ModelRoutes and ModelProfiles with the servers behind their Services."""
+
+    def __init__(
+        self,
+        objects: Objects,
+        problems: Callable[[], tuple[Problem, ...]] = tuple,
+        *,
+        start_s: float = START_S,
+        optional_s: float = OPTIONAL_S,
+    ) -> None:
+        """`problems` says what is wrong with the copy, e.g. since when the API server is away."""
+        self._objects = objects
+        self._problems = problems
+        self._start_s, self._optional_s = start_s, optional_s
+        self._services = Services(objects)
+        self._resolver = Resolver()
+        self._seen: dict[ObjectKey, KubeObject] = {}
+        self._read: dict[ObjectKey, _Known] = {}
+        self._declared: dict[Key, Declared] = {}
+        self._faults: tuple[Problem, ...] = ()
+        self._desired = Desired({})
+
+    async def start(self) -> None:
+        """Returns when the copy is complete. Raises MeshctlError, saying what is missing, when that takes too long."""
+        if missing := await self._complete(MANDATORY, self._start_s):
+            raise MeshctlError(
+                f"Kubernetes objects are not known after {self._start_s:g} s: {'; '.join(missing)}. Install the CRDs"
+                " (crds/) and let meshctl list and watch these kinds (deploy/rbac.yaml)"
+            )
+        await self._complete(OPTIONAL, self._optional_s)
+        self._look()
+
+    def desired(self) -> Desired:
+        return self._desired
+
+    async def wait_changed(self) -> None:
+        """Returns when `desired` is another than at the last return."""
+        while not self._look():
+            await self._objects.wait_changed()
+            await asyncio.sleep(QUIET_S)
+
+    async def stop(self) -> None:
+        """Nothing runs between calls; the copy is somebody else's."""
+
+    # ------------------------------------------------------------------------------------------------------ the parts
+
+    async def _complete(self, kinds: tuple[str, ...], timeout_s: float) -> list[str]:
+        """What is missing once nothing is, or the time is over."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._missing(kinds):
+                    await self._objects.wait_changed()
+        except TimeoutError:
+            return [f"{kind}: {why}" for kind, why in self._missing(kinds).items()]
+        return []
+
+    def _missing(self, kinds: tuple[str, ...]) -> dict[str, str]:
+        return {kind: why for kind in kinds if (why := self._objects.missing(kind))}
+
+    def _look(self) -> bool:
+        """Take in the copy as it is now; True when `desired` is another."""
+        routes, missing = self._desired.routes, self._missing(MANDATORY)
+        if not missing:
+            another, moved = self._take_objects(), self._services.look()
+            if another or moved:
+                resolved = self._resolver.resolve(self._declared, self._services.servers)
+                self._services.keep(self._resolver.services)
+                routes = resolved.routes
+                faults = (*(fault for known in self._read.values() for fault in known.faults), *resolved.faults)
+                self._faults = tuple(fault.problem() for fault in faults)
+        desired = Desired(routes, (*self._watching(missing), *self._problems(), *self._faults))
+        if desired == self._desired:
+            return False
+        self._desired = desired
+        return True
+
+    def _watching(self, missing: dict[str, str]) -> list[Problem]:
+        held = [
+            Problem(f"Kubernetes {kind}", f"not all are known: {why}; every route stays as it was until they are")
+            for kind, why in missing.items()
+        ]
+        return held + [
+            Problem(f"Kubernetes {kind}", f"not all are known: {why}; routes are served without what they say")
+            for kind, why in self._missing(OPTIONAL).items()
+        ]
+
+    def _take_objects(self) -> bool:
+        """Read the ModelRoutes and ModelProfiles that are another object now; True when there was something to it."""
+        now = {key: value for kind in sorted(KINDS) for key, value in self._objects.every(kind).items()}
+        if now == self._seen:
+            return False
+        before = self._read
+        live = {key: value for key, value in sorted(now.items()) if not value["metadata"].get("deletionTimestamp")}
+        self._seen, self._read = now, {key: _known(key, live[key], before.get(key)) for key in live}
+        same = len(before) == len(self._read) and all(before.get(key) is known for key, known in self._read.items())
+        if not same:
+            self._declared = {known.key: known.declared for known in self._read.values() if known.declared is not None}
+        return not same
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is in force of one object."""
+
+    key: Key
+    read: Read
+    declared: Declared | None
+    """None: it never was valid."""
+    faults: tuple[Fault, ...]
+
+
+def _known(name: ObjectKey, value: KubeObject, before: _Known | None) -> _Known:
+    """`before` itself where nothing that is read changed."""
+    read = _read_of(value)
+    if before is not None and read == before.read:
+        return before
+    key = Key(*name)
+    document = Document(read, str(key), {(): (0, 0)})
+    try:
+        declared = Declared(key, validated(KINDS[key.kind], document), document.place())
+    except ManifestError as error:
+        good = before.declared if before is not None and _uid(read) == _uid(before.read) else None
+        still = " (its last valid version stays in force)" if good else ""
+        faults = (dataclasses.replace(f, subject=str(key), message=f.message + still) for f in error.faults)
+        return _Known(key, read, good, tuple(faults))
+    return _Known(key, read, declared, ())
+
+
+def _read_of(value: KubeObject) -> Read:
+    metadata = value["metadata"]
+    kept = {name: metadata[name] for name in ("name", "namespace", "uid", "generation") if name in metadata}
+    annotations = metadata.get("annotations") or {}
+    own = {name: text for name, text in annotations.items() if name.startswith(OWN_ANNOTATIONS)}
+    identity = {name: value[name] for name in ("apiVersion", "kind") if name in value}
+    return {**identity, "metadata": {**kept, "annotations": own}, "spec": value.get("spec")}
+
+
+def _uid(read: Read) -> str:
+    return str(read["metadata"].get("uid", ""))
