@@ -15,7 +15,7 @@ from pathlib import Path
 import orjson
 
 from meshctl.sim.envoy import envoy_binary
-from tests.harness.tools import ToolProcess, answers, require
+from tests.harness.tools import ToolProcess, page, require
 from xds.bootstrap import Address, base, http2, static_assignment
 
 ISTIO_NAMESPACE = "istio-system"
@@ -37,11 +37,11 @@ def binary(name: str, tool: str = "kubernetes") -> Path:
     return require(tool) / name
 
 
-def answers_somehow(url: str) -> bool:
-    """`answers`, for a certificate that the server made for itself and shows to nobody else."""
+def healthy(url: str) -> bool:
+    """Whether a GET is answered 200, by a server whose certificate it made for itself and shows to nobody else."""
     trusting = ssl.create_default_context()
     trusting.check_hostname, trusting.verify_mode = False, ssl.CERT_NONE
-    return answers(url, trusting)
+    return page(url, trusting) is not None
 
 
 def reserved_port() -> socket.socket:
@@ -110,7 +110,7 @@ class ApiServer(ToolProcess):
     def ready(self) -> bool:
         if not self.certificate.exists():
             return False
-        return answers(f"{self.url}/readyz", ssl.create_default_context(cafile=self.certificate))
+        return page(f"{self.url}/readyz", ssl.create_default_context(cafile=self.certificate)) is not None
 
     def command(self) -> Sequence[str | Path]:
         return (
@@ -143,7 +143,7 @@ class ControllerManager(ToolProcess):
         self._kubeconfig, self._key, self._controllers = kubeconfig, key, controllers
 
     def ready(self) -> bool:
-        return answers_somehow(f"https://127.0.0.1:{self.ports[0]}/healthz")
+        return healthy(f"https://127.0.0.1:{self.ports[0]}/healthz")
 
     def command(self) -> Sequence[str | Path]:
         return (
@@ -169,7 +169,7 @@ class Scheduler(ToolProcess):
         self._kubeconfig = kubeconfig
 
     def ready(self) -> bool:
-        return answers_somehow(f"https://127.0.0.1:{self.ports[0]}/readyz")
+        return healthy(f"https://127.0.0.1:{self.ports[0]}/readyz")
 
     def command(self) -> Sequence[str | Path]:
         return (
@@ -263,9 +263,10 @@ class GatewayEnvoy(ToolProcess):
         """``host:port`` of the admin interface."""
         return f"127.0.0.1:{self.ports[0]}"
 
-    @property
-    def ready_url(self) -> str:
-        return f"http://{self.admin}/ready"
+    def ready(self) -> bool:
+        """It has everything that istiod sends, the listener included."""
+        listening = f"::127.0.0.1:{self._port}\n" in (page(f"http://{self.admin}/listeners") or "")
+        return listening and page(f"http://{self.admin}/ready") is not None
 
     def command(self) -> Sequence[str | Path]:
         config = self.directory / "bootstrap.json"

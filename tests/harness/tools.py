@@ -67,13 +67,13 @@ def holds_by(holds: Callable[[], bool], what: str, deadline_s: float = DEADLINE_
         time.sleep(POLL_S)
 
 
-def answers(url: str, trusted: ssl.SSLContext | None = None) -> bool:
-    """Whether a GET of `url` is answered 200; https where the certificate is `trusted`."""
+def page(url: str, trusted: ssl.SSLContext | None = None) -> str | None:
+    """What a GET of `url` is answered with 200, None for every other answer; https where the server is `trusted`."""
     try:
         with urllib.request.urlopen(url, timeout=5.0, context=trusted) as response:  # noqa: S310 (http(s) of our own)
-            return bool(response.status == 200)
+            return response.read().decode() if response.status == 200 else None
     except (OSError, http.client.HTTPException):
-        return False
+        return None
 
 
 async def completed(function: Callable[..., T], *arguments: object) -> T:
@@ -118,7 +118,7 @@ class ToolProcess:
 
     def ready(self) -> bool:
         """Whether it is, now."""
-        return answers(self.ready_url)
+        return page(self.ready_url) is not None
 
     def start(self) -> Self:
         """Returns when it is ready."""
