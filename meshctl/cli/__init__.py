@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
 __all__ = ["main"]
 
@@ -18,7 +19,7 @@ def main() -> None:
     from meshctl.errors import MeshctlError
 
     try:
-        app()
+        app(prog_name="kubectl meshctl" if Path(sys.argv[0]).name == "kubectl-meshctl" else None)
     except MeshctlError as error:
         if "MESHCTL_DEBUG" in os.environ:
             raise

@@ -20,6 +20,8 @@ COMMANDS: dict[str, str] = {
     "status": "meshctl.cli.status:status",
     "routes": "meshctl.cli.routes:routes",
     "explain": "meshctl.cli.explain:explain",
+    "pause": "meshctl.cli.suspend:pause",
+    "resume": "meshctl.cli.suspend:resume",
     "solve": "meshctl.cli.solve:solve",
     "validate": "meshctl.cli.validate:validate",
     "envoy": "meshctl.cli.envoy:app",
