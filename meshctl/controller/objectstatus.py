@@ -18,7 +18,7 @@ import asyncio
 import math
 import re
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 import structlog
 
-from meshctl.controller.conditions import conditions, unusable
+from meshctl.controller.conditions import INVALID_INPUT, Condition, conditions, unusable
 from meshctl.controller.notices import Budget, Notice, of_plans, of_statuses
 from meshctl.controller.state import State
 from meshctl.controller.statuses import (
@@ -81,6 +81,21 @@ class _Write:
 
 
 @dataclass(frozen=True, slots=True)
+class _Said:
+    """All that a status is made of: the same makes the same status."""
+
+    live: KubeObject
+    plan: RoutePlan | None
+    found: tuple[Condition | Problem, ...] | None
+
+    def same(self, other: _Said | None) -> bool:
+        """Compared by identity where that is enough: a thousand of these are looked at each second."""
+        if other is None or self.live is not other.live or self.plan is not other.plan:
+            return False
+        return self.found == other.found
+
+
+@dataclass(frozen=True, slots=True)
 class _Unsent:
     key: ObjectKey
     uid: str
@@ -110,6 +125,8 @@ class _Known:
     seen: str = ""
     """The resourceVersion over which `status` was written: while the watched copy shows it, the copy is behind."""
     status: StatusObject = field(default_factory=dict)
+    quiet: _Said | None = None
+    """What was found to be worth no write."""
     budget: Budget = field(default_factory=Budget)
 
 
@@ -191,7 +208,7 @@ class StatusWriter:
         problems = _by_object(state.desired.problems)
         present = {key: live for kind in (ROUTE, PROFILE) for key, live in self._objects.every(kind).items()}
         self._known = {key: known for key, known in self._known.items() if key in present}
-        due = []
+        due: list[_Write] = []
         for number, (key, live) in enumerate(present.items()):
             if number % _CHUNK == _CHUNK - 1:
                 await asyncio.sleep(0)
@@ -202,9 +219,9 @@ class StatusWriter:
             if leading and known.plan is not None and plan is not None:
                 self._tell(key, known, of_plans(known.plan, plan))
             known.plan = plan or known.plan
-            new = _wanted(state, plan, problems.get(str(key), []), live)
-            if leading and new is not None and (write := self._worth(state, key, live, known, new)):
-                due.append(write)
+            said = _Said(live, plan, _found(state, plan, problems.get(str(key), ()), key))
+            if leading and said.found is not None and not said.same(known.quiet):
+                due += self._worth(state, key, known, said)
         return due
 
     def _remembered(self, key: ObjectKey, uid: str) -> _Known:
@@ -213,15 +230,14 @@ class StatusWriter:
             known = self._known[key] = _Known(uid)
         return known
 
-    def _worth(
-        self, state: State, key: ObjectKey, live: KubeObject, known: _Known, new: Mapping[str, Any]
-    ) -> _Write | None:
-        """The write of `new`, when it is time for it."""
+    def _worth(self, state: State, key: ObjectKey, known: _Known, said: _Said) -> Iterator[_Write]:
+        """The write of what is `said`, when it is time for it."""
+        live, new = said.live, _status(said)
         behind = known.seen == live["metadata"].get("resourceVersion")
         old: StatusObject = known.status if behind else live.get("status") or {}
         told = old.get("observedGeneration") == new["observedGeneration"]
         if told and state.now_s - state.started_s < self._settle_s:
-            return None
+            return
         now_s = self._clock.now_s()
         if awaits_confirmation(old, new):
             known.pending_s = now_s if known.pending_s is None else known.pending_s
@@ -230,11 +246,11 @@ class StatusWriter:
         else:
             known.pending_s = None
         worth = worth_writing(old, new)
-        since_s = now_s - known.written_s
-        wait_s = {Worth.NOW: GAP_S, Worth.LATER: NUMBERS_S, Worth.NOTHING: math.inf}[worth]
-        if since_s < wait_s or now_s - known.refused_s < REFUSED_S:
-            return None
-        return _Write(key, live, old, new)
+        wait_s = GAP_S if worth is Worth.NOW else NUMBERS_S
+        if worth is Worth.NOTHING:
+            known.quiet = said if known.pending_s is None else None
+        elif now_s - known.written_s >= wait_s and now_s - known.refused_s >= REFUSED_S:
+            yield _Write(key, live, old, new)
 
     # ------------------------------------------------------------------------------------------------------- sending
 
@@ -324,16 +340,28 @@ def _plan_of(state: State, key: ObjectKey, uid: str) -> RoutePlan | None:
     return plan if origin is not None and origin.uid == uid else None
 
 
-def _wanted(
-    state: State, plan: RoutePlan | None, problems: Sequence[Problem], live: KubeObject
-) -> dict[str, Any] | None:
-    """What the object's status should be; None while nothing is known of it. `problems` are the object's own."""
-    generation = int(live["metadata"].get("generation", 0))
-    if live["kind"] == PROFILE:
+def _found(
+    state: State, plan: RoutePlan | None, problems: Sequence[Problem], key: ObjectKey
+) -> tuple[Condition | Problem, ...] | None:
+    """What holds of the object; None while nothing is known of it. `problems` are the object's own."""
+    if key.kind == PROFILE:
+        return tuple(problems)
+    if plan is None:
+        return unusable(problems) if problems else None
+    signals = state.observed.routes.get(plan.route.spec.id)
+    return conditions(plan, signals, state.dataplane, problems, state.now_s)
+
+
+def _status(said: _Said) -> dict[str, Any]:
+    """What the object's status should be."""
+    found = said.found or ()
+    told, problems = [c for c in found if isinstance(c, Condition)], [p for p in found if isinstance(p, Problem)]
+    generation = int(said.live["metadata"].get("generation", 0))
+    if said.live["kind"] == PROFILE:
         return profile_status(problems, generation)
-    if plan is None or plan.route.spec.origin is None:
-        return unusable_status(unusable(problems), generation) if problems else None
-    route = plan.route.spec
-    found = conditions(plan, state.observed.routes.get(route.id), state.dataplane, problems, state.now_s)
+    origin = said.plan.route.spec.origin if said.plan is not None else None
+    if said.plan is None or origin is None:
+        return unusable_status(told, generation)
     # a newer version that is invalid has been seen too: its faults are in the conditions
-    return route_status(plan, found, generation if problems else plan.route.spec.origin.generation)
+    invalid = any(condition.reason == INVALID_INPUT for condition in told)
+    return route_status(said.plan, told, generation if invalid else origin.generation)

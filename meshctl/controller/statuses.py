@@ -34,8 +34,8 @@ ACCEPTED = "Accepted"
 """A ModelProfile's only condition."""
 
 _PROGRAMMED = str(ConditionType.PROGRAMMED)
-_VOLATILE = re.compile(r"\d+(\.\d+)?(?=%| requests/s\b| m?s\b)")
-"""Numbers in messages that move by themselves: percentages, rates and times."""
+_VOLATILE = re.compile(r"\d+(\.\d+)?(?=%| requests/s\b| m?s\b)|(?<=worst size, )[^:]+")
+"""What moves by itself in messages: percentages, rates, times, and which of many good size classes is the worst."""
 
 
 class Worth(Enum):
@@ -92,7 +92,7 @@ def _condition(type_: str, status: Status, reason: str, message: str, generation
 
 def _shares(plan: RoutePlan) -> Iterator[dict[str, str]]:
     """Each GPU class's share of each size class, ordered by class, then GPU."""
-    gpus = {endpoint.id: endpoint.gpu or "unknown" for endpoint in plan.route.endpoints}
+    gpus = {endpoint.id: endpoint.gpu for endpoint in plan.route.endpoints}
     for size, weights in plan.weights.items():
         by_gpu = dict.fromkeys(sorted(gpus.values()), 0)
         for endpoint, weight in weights.items():
@@ -165,7 +165,8 @@ def _words(status: StatusObject) -> list[tuple[str, str]]:
 def _numbers(status: StatusObject) -> dict[tuple[str, str], tuple[float | None, float]]:
     """Every number with how far it must move; shares by size class and GPU."""
     found = {("attainment", ""): (_percent(status.get("attainment")), ATTAINMENT_POINTS)}
-    for share in status.get("weights") or ():
+    shares = status.get("weights")
+    for share in shares if isinstance(shares, list | tuple) else ():
         if isinstance(share, Mapping):
             key = str(share.get("size")), str(share.get("gpu"))
             found[key] = _percent(share.get("share")), SHARE_POINTS
