@@ -7,6 +7,7 @@ Both change the ModelRoute and nothing else; the controller does the rest. Resum
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -105,12 +106,13 @@ async def _patch(
 
 def _context_namespace(kubeconfig: Path | None, context: str | None) -> str:
     """What kubectl takes without -n. The file has been read before, and is good, unless we are in a pod."""
-    from kubernetes.aio.config.kube_config import KUBE_CONFIG_DEFAULT_LOCATION, KubeConfigLoader, KubeConfigMerger
+    from kubernetes.aio.config import kube_config
 
-    config = KubeConfigMerger(str(kubeconfig or Path(KUBE_CONFIG_DEFAULT_LOCATION).expanduser())).config
-    if config is None:
+    loose: Any = kube_config  # the package gives its functions no types
+    files = str(kubeconfig or loose.KUBE_CONFIG_DEFAULT_LOCATION)
+    if not any(Path(file).expanduser().is_file() for file in files.split(os.pathsep)):
         return "default"
-    loader: Any = KubeConfigLoader(config_dict=config, active_context=context)
+    loader = loose.KubeConfigLoader(config_dict=loose.KubeConfigMerger(files).config, active_context=context)
     return str(loader.current_context["context"].get("namespace") or "default")
 
 
