@@ -14,6 +14,7 @@ which objects changed (whoever forgets one serves the past).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -203,9 +204,10 @@ def _free_hosts(
     if spec.delegate:
         return wanted, []
     gateways = spec.gateways or (OWN_PROXIES,)
-    taken = {
-        host: (gateway, owners[gateway, host]) for gateway in gateways for host in wanted if (gateway, host) in owners
-    }
+    taken: dict[str, tuple[str, RouteId]] = {}
+    for gateway, host in itertools.product(gateways, wanted):
+        if (gateway, host) in owners:
+            taken.setdefault(host, (gateway, owners[gateway, host]))
     free = tuple(host for host in wanted if host not in taken)
     faults = [
         declared.fault(

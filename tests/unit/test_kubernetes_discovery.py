@@ -192,8 +192,8 @@ def test_ports_without_a_name() -> None:
             [service(type="ExternalName")],
             "http",
             (
-                "Service default/triton is an ExternalName, which has no pods; name one that selects pods, or list static"
-                " endpoints"
+                "Service default/triton is an ExternalName, which has no pods; name one that selects pods, or list"
+                " static endpoints"
             ),
         ),
         (

@@ -71,14 +71,14 @@ class KubernetesSource:
                 " (crds/) and let meshctl list and watch these kinds (deploy/rbac.yaml)"
             )
         await self._complete(OPTIONAL, self._optional_s)
-        self._look()
+        self.look()
 
     def desired(self) -> Desired:
         return self._desired
 
     async def wait_changed(self) -> None:
         """Returns when `desired` is another than at the last return."""
-        while not self._look():
+        while not self.look():
             await self._objects.wait_changed()
             await asyncio.sleep(QUIET_S)
 
@@ -100,7 +100,7 @@ class KubernetesSource:
     def _missing(self, kinds: tuple[str, ...]) -> dict[str, str]:
         return {kind: why for kind in kinds if (why := self._objects.missing(kind))}
 
-    def _look(self) -> bool:
+    def look(self) -> bool:
         """Take in the copy as it is now; True when `desired` is another."""
         routes, missing = self._desired.routes, self._missing(MANDATORY)
         if not missing:
