@@ -188,12 +188,16 @@ class Client:
         url = self._url(key, subresource, {"fieldManager": manager, "fieldValidation": "Strict"})
         return await self._send(_Request("PATCH", f"patch {key}", url, dict(patch), "application/merge-patch+json"))
 
-    async def create(self, wanted: KubeObject, *, manager: str = MANAGER, deadline_s: float = DEADLINE_S) -> Raw:
+    async def create(
+        self, wanted: KubeObject, *, manager: str = MANAGER, deadline_s: float = DEADLINE_S, retry: bool = True
+    ) -> Raw:
         """A new object; raises ExistsError when there is one (perhaps from a try whose answer was lost)."""
         key = _key_of(wanted)
         url = self._url(key._replace(name=""), "", {"fieldManager": manager, "fieldValidation": "Strict"})
-        request = _Request("POST", f"create {key}", url, dict(wanted), idempotent=False, deadline_s=deadline_s)
-        return await self._send(request)
+        doing, body = f"create {key}", dict(wanted)
+        return await self._send(
+            _Request("POST", doing, url, body, idempotent=False, deadline_s=deadline_s, retry=retry)
+        )
 
     async def replace(
         self, wanted: KubeObject, *, manager: str = MANAGER, deadline_s: float = DEADLINE_S, retry: bool = True
