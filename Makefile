@@ -1,9 +1,10 @@
 # make demo    the main job on this machine: fleet, Envoy, controller, load; the before and after, live
-# make test    everything: lint, types, import rules, all tests, the real Envoy, Prometheus and Triton included
+# make cluster Kubernetes, Istio, a fleet and meshctl on this machine, until Ctrl-C
+# make test    everything: lint, types, import rules, all tests, on the real Envoy, Prometheus, Triton, Kubernetes, Istio
 # make check   the quick part of it: lint, types, import rules, unit and property tests
 # make lock    pin the newest versions that pyproject.toml allows
 # make crds    generate crds/ and docs/reference/api.md from the models
-.PHONY: setup demo test check lint lock crds clean
+.PHONY: setup demo cluster test check lint lock crds clean
 .DELETE_ON_ERROR:
 
 BIN := .venv/bin
@@ -14,6 +15,10 @@ setup:
 
 demo: setup
 	@$(BIN)/meshctl demo
+
+cluster: setup
+	@scripts/tools.sh prometheus etcd kubernetes istio >/dev/null
+	@$(BIN)/python -m tests.cluster
 
 lint: setup
 	$(BIN)/ruff check $(CODE)

@@ -70,6 +70,8 @@ class Cluster:
         self.kubeconfig = directory / "admin.kubeconfig"
         """Of an administrator (group system:masters)."""
         self.kubectl_binary = binary("kubectl")
+        if istio:
+            require("istio")  # before anything starts
         self._want = (istio, gateways, crds)
         self._token = secrets.token_hex(16)
         self._pilot = pilot

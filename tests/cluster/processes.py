@@ -81,6 +81,8 @@ class Etcd(ToolProcess):
             f"--listen-peer-urls={peer}",
             f"--initial-advertise-peer-urls={peer}",
             f"--initial-cluster=default={peer}",
+            "--heartbeat-interval=10",  # it elects itself: there is nobody to wait for
+            "--election-timeout=50",
             "--logger=zap",
             "--log-level=warn",
         )
