@@ -81,6 +81,9 @@ CODES: Mapping[str, Rule] = MappingProxyType(
         "UnknownField": Rule(
             _E, "Istio has no such field; the API server drops it silently.", "correct the spelling or remove it"
         ),
+        "DuplicateObject": Rule(
+            _E, "Two objects of one kind have one name: the second replaces the first.", "rename one"
+        ),
         "MissingField": Rule(_E, "A field that Istio needs is missing or empty.", "add it"),
         "UnknownValue": Rule(_E, "The field takes only certain words.", "choose one of those"),
         "OutOfRange": Rule(_E, "A number is outside of what Istio or Envoy takes.", "write a number in that range"),

@@ -20,6 +20,8 @@ from istio.names import DESTINATION_RULE, GATEWAY, SERVICE_ENTRY, VIRTUAL_SERVIC
 from meshctl.ports import KubeObject, ObjectKey
 
 Term = tuple[str, ...]
+DEFAULT_NAMESPACE = "default"
+"""Of an object that names none, as kubectl has it."""
 SERVICE = "Service"
 POD = "Pod"
 WILDCARDS: Term = ("wildcards",)
@@ -61,7 +63,7 @@ def read(value: Any) -> Subject | None:
     metadata = value.get("metadata") if kind is not None else None
     if not isinstance(kind, str) or not isinstance(api, str) or not isinstance(metadata, Mapping):
         return None
-    name, namespace = _text(metadata, "name"), _text(metadata, "namespace")
+    name, namespace = _text(metadata, "name"), _text(metadata, "namespace") or DEFAULT_NAMESPACE
     key, created = ObjectKey(kind, namespace, name), _text(metadata, "creationTimestamp")
     if kind in SHAPES and api.partition("/")[0] == _GROUP:
         return _judged(key, value, created)

@@ -24,6 +24,7 @@ COMMANDS: dict[str, str] = {
     "resume": "meshctl.cli.suspend:resume",
     "solve": "meshctl.cli.solve:solve",
     "validate": "meshctl.cli.validate:validate",
+    "analyze": "meshctl.cli.analyze:analyze_command",
     "envoy": "meshctl.cli.envoy:app",
     "sim": "meshctl.cli.sim:app",
     "version": "meshctl.cli.version:version",
