@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,22 +11,45 @@ import typer
 from meshctl.errors import InputError
 
 if TYPE_CHECKING:
-    from meshctl.controller.main import Config
+    from meshctl.controller.config import ClusterConfig, Config
 
 
 def run(
-    manifests: Annotated[Path, typer.Option(help="Directory of ModelRoutes and ModelProfiles.")],
+    manifests: Annotated[
+        Path | None, typer.Option(help="Directory of ModelRoutes and ModelProfiles, instead of a Kubernetes cluster.")
+    ] = None,
+    kubeconfig: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Cluster to use (default: the one this runs in, or $KUBECONFIG)."),
+    ] = None,
+    namespace: Annotated[
+        list[str] | None, typer.Option(metavar="NS", help="Namespaces to serve, repeatable (default: all).")
+    ] = None,
+    istio: Annotated[
+        bool, typer.Option("--istio", help="Write VirtualServices and the like for meshed routes.")
+    ] = False,
+    istiod: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL",
+            help="Where istiod says what proxies acknowledged (its port 15014), repeatable; without it, a settle time"
+            " stands in.",
+        ),
+    ] = None,
+    lease: Annotated[
+        str | None, typer.Option(metavar="NS/NAME", help="Only the holder of this Lease writes to the cluster.")
+    ] = None,
     prometheus: Annotated[str | None, typer.Option(metavar="URL", help="Take signals from this Prometheus.")] = None,
     scrape: Annotated[bool, typer.Option("--scrape", help="Scrape endpoints and proxies directly (default).")] = False,
     xds: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where proxies connect.")] = "127.0.0.1:18000",
     admin: Annotated[str, typer.Option(metavar="HOST:PORT", help="Admin API and metrics.")] = "127.0.0.1:18001",
     state: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="State file (default: under XDG_STATE_HOME).")
+        Path | None, typer.Option(metavar="FILE", help="With --manifests: state file (default: under XDG_STATE_HOME).")
     ] = None,
     tick: Annotated[str, typer.Option(metavar="DURATION", help="Time between two looks at the signals.")] = "1s",
     window: Annotated[str, typer.Option(metavar="DURATION", help="Rates are means over this time.")] = "5s",
 ) -> None:
-    """Run the controller: watch the manifests, decide, and serve the proxies."""
+    """Run the controller: watch what is asked for, decide, write to Istio and serve the proxies."""
     if prometheus is not None and scrape:
         raise InputError("--prometheus and --scrape exclude each other: give one of them")
     import asyncio
@@ -33,11 +57,12 @@ def run(
     import uvloop
 
     from meshctl.cli.logs import configure_logs
-    from meshctl.controller.main import Config
+    from meshctl.controller.config import Config
     from xds.bootstrap import Address
 
     config = Config(
         manifests=manifests,
+        cluster=_cluster(manifests, kubeconfig, tuple(namespace or ()), lease, tuple(istiod or ()), istio=istio),
         prometheus=prometheus,
         xds=Address.parse(xds, "--xds"),
         admin=Address.parse(admin, "--admin"),
@@ -45,9 +70,44 @@ def run(
         tick_s=_positive_s("--tick", tick),
         window_s=_positive_s("--window", window),
     )
+    if manifests is None and state is not None:
+        raise InputError("--state belongs to --manifests: in a cluster nothing is kept in files")
     configure_logs()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(config))
+
+
+def _cluster(
+    manifests: Path | None,
+    kubeconfig: Path | None,
+    namespaces: tuple[str, ...],
+    lease: str | None,
+    istiod: tuple[str, ...],
+    *,
+    istio: bool,
+) -> ClusterConfig | None:
+    """The cluster to use, None with --manifests. Raises InputError for options that contradict each other."""
+    from meshctl.controller.config import ClusterConfig
+
+    if manifests is not None:
+        given = {
+            "--kubeconfig": kubeconfig,
+            "--namespace": namespaces,
+            "--istio": istio,
+            "--istiod": istiod,
+            "--lease": lease,
+        }
+        wrong = [option for option, value in given.items() if value]
+        if wrong:
+            raise InputError(
+                f"--manifests is for running without a cluster: leave out {', '.join(wrong)}, or --manifests"
+            )
+        return None
+    if istiod and not istio:
+        raise InputError("--istiod says what istiod has of what --istio writes: give --istio too")
+    if lease is not None and not re.fullmatch(r"[a-z0-9.-]+/[a-z0-9.-]+", lease):
+        raise InputError(f"--lease must be NAMESPACE/NAME, not {lease!r}")
+    return ClusterConfig(kubeconfig, namespaces, istio, istiod, lease)
 
 
 async def _serve(config: Config) -> None:

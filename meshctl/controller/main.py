@@ -8,43 +8,28 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 
 from meshctl.adapters.files import FileSource
 from meshctl.adapters.prometheus import PrometheusSignals
 from meshctl.adapters.scrape import ScrapeSignals
+from meshctl.controller.actuators import Actuators, first_of
 from meshctl.controller.admin import AdminServer
 from meshctl.controller.checkpoint import Checkpoint, default_path
 from meshctl.controller.clock import MonotonicClock
+from meshctl.controller.config import Config
 from meshctl.controller.loop import Loop
 from meshctl.controller.metrics import Metrics
+from meshctl.errors import InputError
 from meshctl.ports import Clock, SignalSource
-from xds.bootstrap import Address
 from xds.server import XdsServer
 
+if TYPE_CHECKING:
+    from meshctl.controller.cluster import ClusterParts
+
 log = structlog.get_logger(__name__)
-
-DEFAULT_XDS = Address("127.0.0.1", 18000)
-DEFAULT_ADMIN = Address("127.0.0.1", 18001)
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """What `meshctl run` can be told."""
-
-    manifests: Path
-    prometheus: str | None = None
-    """URL; None scrapes the endpoints and proxies directly."""
-    xds: Address = DEFAULT_XDS
-    """Port 0 takes a free one, here and for `admin`."""
-    admin: Address = DEFAULT_ADMIN
-    state: Path | None = None
-    """State file; None takes the one that belongs to `manifests`."""
-    tick_s: float = 1.0
-    window_s: float = 5.0
-    """Rates are means over this time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +46,33 @@ async def running(config: Config) -> AsyncIterator[Controller]:
     """A controller, started; stopped on leaving. Raises InputError or MeshctlError, with nothing left behind."""
     clock = MonotonicClock()
     metrics = Metrics()
-    checkpoint = Checkpoint(config.state or default_path(config.manifests))
     async with AsyncExitStack() as stack:
+        parts = None
+        if config.cluster is not None:
+            from meshctl.controller.cluster import cluster_parts  # 40 MB that a run without a cluster need not have
+
+            parts = await stack.enter_async_context(cluster_parts(config.cluster, clock))
         server = await XdsServer.start(config.xds.host, config.xds.port)
-        loop = Loop(
+        stack.push_async_callback(server.stop)  # for a start that fails; harmless after the loop's own
+        loop = _loop(config, clock, metrics, server, parts)
+        stack.push_async_callback(loop.stop)
+        admin = AdminServer(loop.state, metrics)
+        await admin.start(config.admin)
+        stack.push_async_callback(admin.stop)
+        await loop.start()
+        log.info("serving", xds=server.address, admin=str(admin.address))
+        yield Controller(loop, server.address, str(admin.address))
+
+
+def _loop(config: Config, clock: Clock, metrics: Metrics, server: XdsServer, parts: ClusterParts | None) -> Loop:
+    signals = _signals(config, clock)
+    if parts is None:
+        if config.manifests is None:
+            raise InputError("neither a directory of manifests nor a cluster was given")
+        checkpoint = Checkpoint(config.state or default_path(config.manifests))
+        return Loop(
             FileSource(config.manifests),
-            _signals(config, clock),
+            signals,
             server,
             clock,
             tick_s=config.tick_s,
@@ -74,13 +80,18 @@ async def running(config: Config) -> AsyncIterator[Controller]:
             metrics=metrics,
             dataplane_changed=server.wait_changed,
         )
-        stack.push_async_callback(loop.stop)
-        admin = AdminServer(loop.state, metrics)
-        await admin.start(config.admin)
-        stack.push_async_callback(admin.stop)
-        await loop.start()
-        log.info("serving", xds=server.address, admin=str(admin.address), state=str(checkpoint.path))
-        yield Controller(loop, server.address, str(admin.address))
+    planes = [server] if parts.istio is None else [server, parts.istio]
+    return Loop(
+        parts.source,
+        signals,
+        Actuators(planes),
+        clock,
+        tick_s=config.tick_s,
+        metrics=metrics,
+        dataplane_changed=lambda: first_of([server.wait_changed, *parts.waits]),
+        replicas=parts.replicas,
+        reconciled=parts.reconciled,
+    )
 
 
 def _signals(config: Config, clock: Clock) -> SignalSource:

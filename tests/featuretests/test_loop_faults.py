@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from meshctl.controller.main import Config, running
+from meshctl.controller.config import Config
+from meshctl.controller.main import running
 from meshctl.controller.state import State
 from meshctl.errors import InputError
 from meshctl.model import Plan, RouteId

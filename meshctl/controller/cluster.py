@@ -1,0 +1,93 @@
+"""Puts the cluster's half of the controller together: Kubernetes as the source, Istio as a data plane, the Lease.
+
+Every replica watches, decides and serves; only the holder of the Lease writes. The order of the end matters: writers
+first, then the Lease is given back, then the watches end.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from istio.writer import IstioWriter
+
+from istio.confirm import Confirmation, Elapsed, Istiod
+from meshctl.adapters.kubernetes.client import Client, connect
+from meshctl.adapters.kubernetes.lease import Lease
+from meshctl.adapters.kubernetes.source import KubernetesSource
+from meshctl.adapters.kubernetes.status import KubernetesStatus
+from meshctl.adapters.kubernetes.store import ClusterObjects
+from meshctl.controller.config import ClusterConfig
+from meshctl.controller.objectstatus import StatusWriter
+from meshctl.controller.state import State
+from meshctl.model import Problem, RouteId, Weights
+from meshctl.ports import Actuator, Clock, Source
+
+START_S = 60.0
+"""10,000 pods are listed in a few seconds; an API server that is starting too gets its time."""
+
+
+class ClusterReplicas:
+    """`ports.Replicas`: the Lease says who leads, Istio's objects what is in force."""
+
+    def __init__(self, lease: Lease | None, writer: IstioWriter | None) -> None:
+        self._lease, self._writer = lease, writer
+
+    def leading(self) -> bool:
+        return self._lease is None or self._lease.leading
+
+    def in_force(self) -> Mapping[RouteId, Weights]:
+        return {} if self._writer is None else self._writer.in_force()
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterParts:
+    """What the loop is made of in a cluster."""
+
+    source: Source
+    replicas: ClusterReplicas
+    istio: Actuator | None
+    reconciled: Callable[[State], None]
+    waits: tuple[Callable[[], Awaitable[None]], ...]
+    """Changes of the mesh's status, and of who leads."""
+
+
+@asynccontextmanager
+async def cluster_parts(config: ClusterConfig, clock: Clock) -> AsyncIterator[ClusterParts]:
+    """Everything started but the source. Raises InputError or MeshctlError, with nothing left behind."""
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(connect(config.kubeconfig))
+        store = await ClusterObjects(client, namespaces=config.namespaces, istio=config.istio).start(START_S)
+        stack.push_async_callback(store.stop)
+        lease = await _lease(stack, client, config.lease)
+        writer = _writer(config, store, clock, lease)
+        replicas = ClusterReplicas(lease, writer)
+        instance = lease.identity if lease is not None else socket.gethostname()
+        status = StatusWriter(store.reader(), KubernetesStatus(client, instance), replicas.leading, clock)
+        status.start()
+        stack.push_async_callback(status.stop)
+
+        def problems() -> tuple[Problem, ...]:
+            return (*store.problems(), *(lease.problems() if lease is not None else ()), *status.problems())
+
+        waits = tuple(part.wait_changed for part in (lease, writer) if part is not None)
+        source = KubernetesSource(store.reader(), problems)
+        yield ClusterParts(source, replicas, writer, status.update, waits)
+
+
+async def _lease(stack: AsyncExitStack, client: Client, name: str | None) -> Lease | None:
+    if name is None:
+        return None
+    lease = Lease(client, *name.split("/", 1))
+    await lease.start()
+    stack.push_async_callback(lease.stop)
+    return lease
+
+
+def _writer(config: ClusterConfig, store: ClusterObjects, clock: Clock, lease: Lease | None) -> IstioWriter | None:
+    if not config.istio:
+        return None
+    confirmation: Confirmation = Istiod(config.istiod, clock) if config.istiod else Elapsed(clock)
+    return IstioWriter(store.reader(), confirmation, clock, leading=lambda: lease is None or lease.leading)
