@@ -50,7 +50,18 @@ def objects(draw: st.DrawFn) -> KubeObject:
     return draw(st.sampled_from(makers))()
 
 
-steps = st.lists(st.one_of(objects(), st.integers(0, 100)), min_size=1, max_size=25)
+def connected() -> MemoryObjects:
+    """A cluster where every object matters: what a step changes is in use."""
+    cluster = MemoryObjects(served(profile()), *(node(f"n{n}", "V100") for n in range(3)))
+    for p, name in enumerate(("x", "y", "z")):
+        cluster.put(routed(name, name, name, "", "http"))
+        cluster.put(service(name))
+        cluster.put(pod(f"p{p}", f"n{p}"))
+        cluster.put(endpoint_slice(name, [member(f"p{p}", f"10.0.0.{p}", f"n{p}")], of=name))
+    return cluster
+
+
+steps = st.lists(st.one_of(objects(), st.integers(0, 100)), min_size=1, max_size=5)
 """Put an object, or remove the n-th."""
 
 
@@ -79,7 +90,7 @@ def test_step_by_step_is_what_a_fresh_look_finds(batches: list[list[KubeObject |
     same object; a second look at the same changes nothing."""
 
     async def run() -> None:
-        cluster = MemoryObjects()
+        cluster = connected()
         source = await started(cluster)
         for batch in batches:
             before = source.desired()
