@@ -186,7 +186,7 @@ class Cluster:
             command, input=stdin, capture_output=True, text=True, timeout=2 * DEADLINE_S, env=environment
         )
         if ran.returncode != 0:
-            raise KubectlError(f"kubectl {' '.join(arguments)}: {ran.stderr.strip()}")
+            raise KubectlError(f"kubectl {' '.join(arguments)}: {ran.stderr.strip()[:2000]}")
         return ran.stdout
 
     async def get(self, *arguments: str) -> Any:
