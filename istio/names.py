@@ -6,6 +6,8 @@ the last label says what it is. The hosts below `meshctl.internal` exist in the 
 
 from __future__ import annotations
 
+from hashlib import blake2b
+
 from meshctl.model import RouteId
 from meshctl.ports import KubeObject, ObjectKey
 
@@ -28,6 +30,8 @@ ROUTE_API = "meshctl.io/v1alpha1"
 GPU = "meshctl.io/gpu"
 """Label of a ServiceEntry's endpoint: the GPU class, as a subset selects it."""
 DOMAIN = "meshctl.internal"
+_LONGEST = 100
+"""Characters of a route's name in a host: a size class and a namespace take up to 63 each beside it."""
 
 
 def size_host(route: RouteId, size: str) -> str:
@@ -45,9 +49,20 @@ def subsets_host(route: RouteId) -> str:
     return f"{_reversed(route)}.subsets.{DOMAIN}"
 
 
+def backend_name(route: RouteId, suffix: str) -> str:
+    """metadata.name of a ServiceEntry or DestinationRule; the VirtualService is named like the route."""
+    return f"{_short(route.partition('/')[2])}.{suffix}"
+
+
 def _reversed(route: RouteId) -> str:
     namespace, _, name = route.partition("/")
-    return f"{name}.{namespace}"
+    return f"{_short(name)}.{namespace}"
+
+
+def _short(name: str) -> str:
+    """`name`, or a hash where a host of 253 characters, labels of 63, has no room for it."""
+    fits = len(name) <= _LONGEST and all(len(label) <= 63 for label in name.split("."))
+    return name if fits else f"long-{blake2b(name.encode(), digest_size=12).hexdigest()}"
 
 
 def key_of(value: KubeObject) -> ObjectKey:

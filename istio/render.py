@@ -36,6 +36,7 @@ from istio.names import (
     ROUTE_API,
     SERVICE_ENTRY,
     VIRTUAL_SERVICE,
+    backend_name,
     key_of,
     size_host,
     sizes_host,
@@ -80,7 +81,7 @@ def _by_endpoints(plan: RoutePlan) -> Rendered:
         entries.append(_service_entry(spec, f"{size}.size", size_host(spec.id, size), endpoints))
     body = {"host": sizes_host(spec.id), "trafficPolicy": traffic_policy(spec, plan.load_balancer)}
     rules = http_rules(spec, lambda size: [{"destination": _destination(size_host(spec.id, size))}])
-    return Rendered(spec.id, (*entries, _object(spec, DESTINATION_RULE, ".size", body)), _virtual_service(spec, rules))
+    return Rendered(spec.id, (*entries, _object(spec, DESTINATION_RULE, "size", body)), _virtual_service(spec, rules))
 
 
 def _by_subsets(plan: RoutePlan) -> Rendered:
@@ -98,7 +99,7 @@ def _by_subsets(plan: RoutePlan) -> Rendered:
 
     entries = [endpoint_entry(e, gpus[e.gpu], spec, PORT_NAME, 0) for e in endpoints]
     service = _service_entry(spec, "subsets", host, entries)
-    rule = _object(spec, DESTINATION_RULE, ".subsets", body)
+    rule = _object(spec, DESTINATION_RULE, "subsets", body)
     return Rendered(spec.id, (service, rule), _virtual_service(spec, http_rules(spec, destinations)))
 
 
@@ -121,7 +122,7 @@ def _service_entry(spec: RouteSpec, suffix: str, host: str, endpoints: list[dict
         "ports": [{"name": PORT_NAME, "number": PORT, "protocol": "HTTP"}],
         "endpoints": endpoints,
     }
-    return _object(spec, SERVICE_ENTRY, f".{suffix}", body, {NO_ADDRESS: "false"})
+    return _object(spec, SERVICE_ENTRY, suffix, body, {NO_ADDRESS: "false"})
 
 
 def _virtual_service(spec: RouteSpec, rules: list[dict[str, Any]]) -> KubeObject:
@@ -131,13 +132,14 @@ def _virtual_service(spec: RouteSpec, rules: list[dict[str, Any]]) -> KubeObject
 
 def _key(spec: RouteSpec, kind: str, suffix: str = "") -> ObjectKey:
     namespace, _, name = spec.id.partition("/")
-    return ObjectKey(kind, namespace, name + suffix)
+    return ObjectKey(kind, namespace, backend_name(spec.id, suffix) if suffix else name)
 
 
 def _object(
     spec: RouteSpec, kind: str, suffix: str, body: dict[str, Any], labels: Mapping[str, str] = MappingProxyType({})
 ) -> KubeObject:
     key, origin = _key(spec, kind, suffix), spec.origin
+    resumed = {RESUMED_AT: origin.resumed_at} if origin and origin.resumed_at else {}
     owner = {"apiVersion": ROUTE_API, "kind": "ModelRoute", "name": _key(spec, kind).name, "controller": True}
     return {
         "apiVersion": NETWORKING,
@@ -146,10 +148,7 @@ def _object(
             "name": key.name,
             "namespace": key.namespace,
             "labels": {MANAGED_BY: MANAGER, **labels},
-            "annotations": {
-                ROUTE: spec.id,
-                **({RESUMED_AT: origin.resumed_at} if origin and origin.resumed_at else {}),
-            },
+            "annotations": {ROUTE: spec.id, **resumed},
             **({"ownerReferences": [{**owner, "uid": origin.uid}]} if origin else {}),
         },
         "spec": body,
@@ -203,7 +202,9 @@ def _members(route: DesiredRoute, live: Iterable[KubeObject]) -> dict[Subset, li
         spec = value.get("spec", {})
         for endpoint in spec.get("endpoints", ()):
             found = ids.get((endpoint.get("address", ""), endpoint.get("ports", {}).get(PORT_NAME, PORT)))
-            for host in spec.get("hosts", ()) if found else ():
+            if found is None:
+                continue
+            for host in spec.get("hosts", ()):
                 entry = (found, endpoint.get("weight", 1))
                 members[Subset(host)].append(entry)
                 members[Subset(host, endpoint.get("labels", {}).get(GPU, ""))].append(entry)
