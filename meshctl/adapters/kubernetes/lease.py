@@ -42,7 +42,7 @@ _random = random.SystemRandom()
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """How long a Lease is held. A killed holder is followed within `duration_s` + `retry_s` and two requests."""
+    """How long a Lease is held. A killed holder is followed within `duration_s` + 1.2 x `retry_s` and two requests."""
 
     duration_s: int = 13
     """The holder's promise, in the object: whole seconds."""
@@ -109,6 +109,10 @@ class Election:
             self._must_read = True  # the next time
             return Move.WAIT
         return Move.CREATE if self.lease is None else Move.REPLACE
+
+    def wake_s(self, now_s: float, pause_s: float) -> float:
+        """Seconds to sleep: `pause_s`, or less when the Lease comes free, or ours ends, before."""
+        return min(pause_s, *(at_s - now_s if at_s > now_s else pause_s for at_s in (self._free_s, self._until_s)))
 
     def read(self, lease: Raw | None, now_s: float) -> None:
         """The object as it is (None: there is none), received at `now_s`. Any change of it is a sign of life."""
@@ -237,10 +241,8 @@ class Lease:
             await self._round()
             self._publish()
             pause_s = self._terms.retry_s * _random.uniform(0.8, 1.2)
-            if self.leading:  # wake up in time to say that it is over
-                pause_s = min(pause_s, self.left_s)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause_s):
+                async with asyncio.timeout(self._election.wake_s(self._clock_s(), pause_s)):
                     await self._stopping.wait()
 
     async def _round(self) -> None:
