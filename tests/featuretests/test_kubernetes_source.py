@@ -208,7 +208,7 @@ async def test_a_start_waits_for_what_decides_and_says_what_is_missing() -> None
     async with asyncio.timeout(DEADLINE_S):
         await starting
     assert list(source.desired().routes) == [A, B]
-    assert [p.where for p in source.desired().problems] == ["Kubernetes Node"]
+    assert source.desired().problems == ()
 
 
 async def test_while_a_kind_is_missing_everything_stays() -> None:

@@ -4,7 +4,8 @@ Decides which pods are inference servers, at which address, on which GPU, and wh
 - EndpointSlices say who belongs to the Service and is ready; a Pod adds who it is and that it is being deleted, which
   it says first; a Node adds GPU and zone. What is not known (yet) of the latter two leaves the endpoint in, without it.
 - One endpoint per pod, its IPv4 address where it has both; one per address and port, whatever slices repeat it while
-  the controller moves endpoints between them. A ready one wins, then a known pod, then the first by name.
+  the controller moves endpoints between them. A ready one wins, then a known pod, then the first by name (the pod's,
+  then the slice's).
 - Not ready and terminating endpoints stay, with ``ready=False``: they get no new requests, and what is said of them
   stays comparable. ``ready: null`` is ready (https://kubernetes.io/docs/concepts/services-networking/endpoint-slices/).
 
@@ -58,7 +59,7 @@ def discover(ref: ServiceRef, slices: Iterable[KubeObject], find: Find) -> Serve
     port = _service_port(ref, spec.get("ports") or [])
     if isinstance(port, str):
         return Servers(remarks=(port,))
-    slices = list(slices)
+    slices = sorted(slices, key=lambda value: str(value["metadata"]["name"]))
     found = [_server(ref, port, *pair, find) for pair in _reached(slices)]
     best = _best(server for server in found if server is not None)
     remarks = [_nobody(ref, spec, slices)] if not best else []

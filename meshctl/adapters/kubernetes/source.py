@@ -21,9 +21,8 @@ from typing import Any
 
 from meshctl.adapters.kubernetes.kinds import MANDATORY, OPTIONAL, OWN_ANNOTATIONS
 from meshctl.adapters.kubernetes.services import Services
-from meshctl.api.base import validated
-from meshctl.api.document import Document, Fault, ManifestError
-from meshctl.api.objects import KINDS, Declared, Key
+from meshctl.api.document import Fault
+from meshctl.api.objects import KINDS, Declared, Key, read_object
 from meshctl.api.resolve import Resolver
 from meshctl.errors import MeshctlError
 from meshctl.model import Problem
@@ -51,7 +50,7 @@ class KubernetesSource:
         start_s: float = START_S,
         optional_s: float = OPTIONAL_S,
     ) -> None:
-        """`problems` says what is wrong with the copy, e.g. since when the API server is away."""
+        """`problems` says what is wrong with the copy: that the API server is away, that Nodes may not be listed."""
         self._objects = objects
         self._problems = problems
         self._start_s, self._optional_s = start_s, optional_s
@@ -111,21 +110,11 @@ class KubernetesSource:
                 routes = resolved.routes
                 faults = (*(fault for known in self._read.values() for fault in known.faults), *resolved.faults)
                 self._faults = tuple(fault.problem() for fault in faults)
-        desired = Desired(routes, (*self._watching(missing), *self._problems(), *self._faults))
+        desired = Desired(routes, (*_held(missing), *self._problems(), *self._faults))
         if desired == self._desired:
             return False
         self._desired = desired
         return True
-
-    def _watching(self, missing: dict[str, str]) -> list[Problem]:
-        held = [
-            Problem(f"Kubernetes {kind}", f"not all are known: {why}; every route stays as it was until they are")
-            for kind, why in missing.items()
-        ]
-        return held + [
-            Problem(f"Kubernetes {kind}", f"not all are known: {why}; routes are served without what they say")
-            for kind, why in self._missing(OPTIONAL).items()
-        ]
 
     def _take_objects(self) -> bool:
         """Read the ModelRoutes and ModelProfiles that are another object now; True when there was something to it."""
@@ -139,6 +128,11 @@ class KubernetesSource:
         if not same:
             self._declared = {known.key: known.declared for known in self._read.values() if known.declared is not None}
         return not same
+
+
+def _held(missing: dict[str, str]) -> list[Problem]:
+    said = "every route stays as it was until all are known"
+    return [Problem(f"Kubernetes {kind}", f"{why}; {said}") for kind, why in missing.items()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,15 +152,13 @@ def _known(name: ObjectKey, value: KubeObject, before: _Known | None) -> _Known:
     if before is not None and read == before.read:
         return before
     key = Key(*name)
-    document = Document(read, str(key), {(): (0, 0)})
-    try:
-        declared = Declared(key, validated(KINDS[key.kind], document), document.place())
-    except ManifestError as error:
-        good = before.declared if before is not None and _uid(read) == _uid(before.read) else None
-        still = " (its last valid version stays in force)" if good else ""
-        faults = (dataclasses.replace(f, subject=str(key), message=f.message + still) for f in error.faults)
-        return _Known(key, read, good, tuple(faults))
-    return _Known(key, read, declared, ())
+    manifest = read_object(read, str(key))
+    if (declared := manifest.objects.get(key)) is not None:
+        return _Known(key, read, declared, manifest.faults)
+    good = before.declared if before is not None and _uid(read) == _uid(before.read) else None
+    still = " (its last valid version stays in force)" if good else ""
+    faults = (dataclasses.replace(f, subject=str(key), message=f.message + still) for f in manifest.faults)
+    return _Known(key, read, good, tuple(faults))
 
 
 def _read_of(value: KubeObject) -> Read:
