@@ -14,7 +14,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Kubernetes, our CRDs, Istio, and two gateways, up once for the session; tests of any loop scope may use it.
 
     A test makes a namespace of its own (``await cluster.namespace()``) and route hosts of its own, changes nothing
-    outside them, and stops nothing: one that breaks things starts a `Cluster` for itself.
+    outside them, and stops nothing: one that breaks things starts a `Cluster` for itself. Objects of other tests are
+    there: a controller under test watches the test's namespace alone.
     """
     shared = Cluster(tmp_path_factory.mktemp("cluster"), istio=True, gateways=2).up()
     yield shared
