@@ -1,10 +1,11 @@
 # make demo    the main job on this machine: fleet, Envoy, controller, load; the before and after, live
 # make cluster Kubernetes, Istio, a fleet and meshctl on this machine, until Ctrl-C
+# make cluster-demo   the demo's before and after, through a real Istio; ARGS="--once --json" for one measurement
 # make test    everything: lint, types, import rules, all tests, on the real Envoy, Prometheus, Triton, Kubernetes, Istio
 # make check   the quick part of it: lint, types, import rules, unit and property tests
 # make lock    pin the newest versions that pyproject.toml allows
 # make crds    generate crds/ and docs/reference/api.md from the models
-.PHONY: setup demo cluster test check lint lock crds clean
+.PHONY: setup demo cluster cluster-demo test check lint lock crds clean
 .DELETE_ON_ERROR:
 
 BIN := .venv/bin
@@ -19,6 +20,10 @@ demo: setup
 cluster: setup
 	@scripts/tools.sh prometheus etcd kubernetes istio >/dev/null
 	@$(BIN)/python -m tests.cluster
+
+cluster-demo: setup
+	@scripts/tools.sh prometheus etcd kubernetes istio >/dev/null
+	@$(BIN)/python -m tests.cluster.demo $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check $(CODE)

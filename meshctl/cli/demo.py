@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Group
 
     from meshctl.sim.demo import Comparison
+    from meshctl.sim.versus import Say, Stand
 
 
 class Signals(StrEnum):
@@ -37,23 +41,46 @@ def demo(
     ] = Signals.SCRAPE,
 ) -> None:
     """Show the same load through Istio's default and through meshctl, live until Ctrl-C."""
-    if as_json and not once:
-        raise InputError("--json prints one measurement: use it with --once")
-    if not 0 < load < 2:
-        raise InputError(f"--load must be above 0 and below 2 (1 is all that the fleet can do), not {load:g}")
-    if seconds is not None and not 0 < seconds < float("inf"):
-        raise InputError(f"--seconds must be more than 0, not {seconds:g}")
+    from meshctl.sim.versus import stand
+
+    asked = Asked(once=once, as_json=as_json, load=load, seconds=seconds, seed=seed, signals=signals)
+    show(asked, lambda rate_rps, say: stand(rate_rps, with_prometheus=signals is Signals.PROMETHEUS, say=say))
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The options of a demo. Raises InputError when they make no sense."""
+
+    once: bool
+    as_json: bool
+    load: float
+    seconds: float | None
+    seed: int
+    signals: Signals
+
+    def __post_init__(self) -> None:
+        if self.as_json and not self.once:
+            raise InputError("--json prints one measurement: use it with --once")
+        if not 0 < self.load < 2:
+            raise InputError(f"--load must be above 0 and below 2 (1 is all that the fleet can do), not {self.load:g}")
+        if self.seconds is not None and not 0 < self.seconds < float("inf"):
+            raise InputError(f"--seconds must be more than 0, not {self.seconds:g}")
+
+
+Builder = Callable[[float, "Say"], AbstractAsyncContextManager["Stand"]]
+"""(requests per second, where to say what is being done) -> a stand."""
+
+
+def show(asked: Asked, build: Builder) -> None:
+    """The demo on the stand that `build` makes; ends what it started."""
     import uvloop
 
     from meshctl.sim.children import until_signal
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        if once:
-            ended = runner.run(until_signal(_once(as_json, load, seconds or 30.0, seed, signals)))
-            if ended is not None:
-                raise MeshctlError(f"interrupted by {ended.name}: nothing was measured")
-        else:
-            runner.run(until_signal(_live(load, seconds or 20.0, seed, signals)))
+        ended = runner.run(until_signal(_once(asked, build) if asked.once else _live(asked, build)))
+        if asked.once and ended is not None:
+            raise MeshctlError(f"interrupted by {ended.name}: nothing was measured")
 
 
 def _say(text: str) -> None:
@@ -61,25 +88,24 @@ def _say(text: str) -> None:
     sys.stderr.flush()
 
 
-async def _once(as_json: bool, load: float, seconds: float, seed: int, signals: Signals) -> None:
+async def _once(asked: Asked, build: Builder) -> None:
     from meshctl.cli.output import Output, emit
     from meshctl.sim.demo import compare
     from meshctl.sim.load import allow_many_connections, calm_gc
     from meshctl.sim.reference import capacity_rps
-    from meshctl.sim.versus import stand
 
     allow_many_connections()
-    async with stand(load * capacity_rps(), with_prometheus=signals is Signals.PROMETHEUS, say=_say) as made:
+    async with build(asked.load * capacity_rps(), _say) as made:
         calm_gc()
 
         async def work() -> None:
-            found = await compare(made, signals.value, seconds, seed, _say)
-            emit(found.as_dict(), Output.JSON if as_json else Output.TABLE, lambda: _table(found))
+            found = await compare(made, asked.signals.value, asked.seconds or 30.0, asked.seed, _say)
+            emit(found.as_dict(), Output.JSON if asked.as_json else Output.TABLE, lambda: _table(found))
 
         await made.run(work())
 
 
-async def _live(load: float, seconds: float, seed: int, signals: Signals) -> None:
+async def _live(asked: Asked, build: Builder) -> None:
     from rich.live import Live
 
     from meshctl.cli.demo_view import About, View, numbers
@@ -87,20 +113,19 @@ async def _live(load: float, seconds: float, seed: int, signals: Signals) -> Non
     from meshctl.sim.demo import Show
     from meshctl.sim.load import allow_many_connections, calm_gc
     from meshctl.sim.reference import capacity_rps
-    from meshctl.sim.versus import stand
 
     allow_many_connections()
-    screen = console()
-    async with stand(load * capacity_rps(), with_prometheus=signals is Signals.PROMETHEUS, say=_say) as made:
+    screen, seconds = console(), asked.seconds or 20.0
+    async with build(asked.load * capacity_rps(), _say) as made:
         calm_gc()
         if not screen.is_terminal:
-            await made.run(Show(made, seconds, seed, lambda _: None, screen.print).run())
+            await made.run(Show(made, seconds, asked.seed, lambda _: None, screen.print).run())
             return
-        about = About(load, made.rate_rps, made.data_plane, signals.value, made.controller.admin)
+        about = About(asked.load, made.rate_rps, made.data_plane, asked.signals.value, made.controller.admin)
         view = View(about, screen)
         try:
             with Live(view, console=screen, screen=True, auto_refresh=False) as live:
-                show = Show(made, seconds, seed, lambda _: live.refresh(), lambda _: None)
+                show = Show(made, seconds, asked.seed, lambda _: live.refresh(), lambda _: None)
                 view.scene = show.scene
                 await made.run(show.run())
         finally:

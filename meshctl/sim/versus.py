@@ -95,13 +95,15 @@ class Stand:
     data_plane: str
     """What the proxies are, and their version."""
     rate_rps: float
+    hosts: Mapping[str, str] = field(default_factory=dict, kw_only=True)
+    """The Host header by policy, where one URL serves several."""
     slo_s: float = field(default=SLO_S, kw_only=True)
     ends: list[Callable[[], Awaitable[str]]] = field(default_factory=list, kw_only=True)
 
     def load(self, policy: str, seed: int, seconds: float = inf, warmup_s: float = 0.0) -> Load:
         """Open-loop load through one policy's Envoy, not started."""
-        url, rate = self.urls[policy], self.rate_rps
-        return Load(LoadConfig((url,), rate, MIX, seconds, seed, warmup_s, self.slo_s, model=MODEL))
+        url, rate, host = self.urls[policy], self.rate_rps, self.hosts.get(policy, "")
+        return Load(LoadConfig((url,), rate, MIX, seconds, seed, warmup_s, self.slo_s, model=MODEL, host=host))
 
     async def measure(self, policy: str, seed: int, seconds: float) -> Measured:
         """`seconds` through one policy, after a warm-up; returns when the fleet has drained."""

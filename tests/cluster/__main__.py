@@ -9,48 +9,15 @@ from __future__ import annotations
 import asyncio
 import shutil
 import sys
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 
 import pytest
 
 from meshctl.errors import MeshctlError
-from meshctl.sim.children import Controller, unless_ended, until_signal
-from meshctl.sim.fleet import FleetProcess
-from meshctl.sim.reference import MODEL, fleet_config, manifests
-from tests.cluster.cluster import GATEWAY, Cluster
-from tests.harness.prometheus import PrometheusProcess
-
-HOST = "resnet50.example"
-SCRAPE_S = 1.0
-
-
-@dataclass
-class Local:
-    """What runs."""
-
-    cluster: Cluster
-    fleet: FleetProcess
-    controller: Controller
-    prometheus: PrometheusProcess
-
-
-@asynccontextmanager
-async def local(directory: Path) -> AsyncIterator[Local]:
-    """Everything started in `directory`, and the reference route applied to it."""
-    async with AsyncExitStack() as stack:
-        cluster = await stack.enter_async_context(Cluster(directory, istio=True))
-        fleet = await stack.enter_async_context(FleetProcess(fleet_config()))
-        metrics = [f"{server.address}:{server.metrics_port}" for server in fleet.info.servers]
-        jobs = {"triton": metrics, "envoy": [cluster.gateway().admin]}
-        prometheus = await stack.enter_async_context(PrometheusProcess(directory / "prometheus", jobs, SCRAPE_S))
-        source = ("--kubeconfig", cluster.kubeconfig, "--istio", "--istiod", cluster.istiod_debug)
-        controller = await stack.enter_async_context(Controller(directory, source, prometheus.url))
-        await cluster.apply(manifests(fleet.info.servers, hosts=[HOST], gateways=[GATEWAY]))
-        yield Local(cluster, fleet, controller, prometheus)
+from meshctl.sim.children import unless_ended, until_signal
+from meshctl.sim.reference import MODEL
+from tests.cluster.local import HOST, Local, local
 
 
 async def show(directory: Path) -> None:
@@ -58,7 +25,7 @@ async def show(directory: Path) -> None:
     print(f"starting Kubernetes, Istio, the fleet and meshctl; logs in {directory}", flush=True)  # noqa: T201 (its job)
     async with local(directory) as running:
         print(_words(running), flush=True)  # noqa: T201
-        await unless_ended(_forever(), running.controller.ended, running.fleet.ended)
+        await unless_ended(_forever(), *running.ends)
 
 
 async def _forever() -> None:
