@@ -62,18 +62,19 @@ async def cluster_parts(config: ClusterConfig, clock: Clock) -> AsyncIterator[Cl
         store = await ClusterObjects(client, namespaces=config.namespaces, istio=config.istio).start(START_S)
         stack.push_async_callback(store.stop)
         lease = await _lease(stack, client, config.lease)
-        writer = _writer(config, store, clock, lease)
+        told: list[Callable[[], tuple[Problem, ...]]] = [store.problems]
+        source = KubernetesSource(store.reader(), lambda: tuple(p for problems in told for p in problems()))
+        writer = None
+        if config.istio:
+            writer = _writer(config, store, clock, lease, source)
+            writer.start()
         replicas = ClusterReplicas(lease, writer)
         instance = lease.identity if lease is not None else socket.gethostname()
         status = StatusWriter(store.reader(), KubernetesStatus(client, instance), replicas.leading, clock)
         status.start()
         stack.push_async_callback(status.stop)
-
-        def problems() -> tuple[Problem, ...]:
-            return (*store.problems(), *(lease.problems() if lease is not None else ()), *status.problems())
-
+        told += [lease.problems, status.problems] if lease is not None else [status.problems]
         waits = tuple(part.wait_changed for part in (lease, writer) if part is not None)
-        source = KubernetesSource(store.reader(), problems)
         yield ClusterParts(source, replicas, writer, status.update, waits)
 
 
@@ -86,8 +87,14 @@ async def _lease(stack: AsyncExitStack, client: Client, name: str | None) -> Lea
     return lease
 
 
-def _writer(config: ClusterConfig, store: ClusterObjects, clock: Clock, lease: Lease | None) -> IstioWriter | None:
-    if not config.istio:
-        return None
+def _writer(
+    config: ClusterConfig, store: ClusterObjects, clock: Clock, lease: Lease | None, source: KubernetesSource
+) -> IstioWriter:
     confirmation: Confirmation = Istiod(config.istiod, clock) if config.istiod else Elapsed(clock)
-    return IstioWriter(store.reader(), confirmation, clock, leading=lambda: lease is None or lease.leading)
+    return IstioWriter(
+        store.reader(),
+        confirmation,
+        clock,
+        routes=lambda: source.desired().routes,
+        leading=lambda: lease is None or lease.leading,
+    )

@@ -299,10 +299,12 @@ class StatusWriter:
                 await request
         except (UnavailableError, TimeoutError) as away:
             self._paused_until_s = self._clock.now_s() + PAUSE_S
-            self._failures[_AWAY] = Problem(str(key), f"status and Events wait: {away or 'no answer in time'}")
+            self._failures[_AWAY] = Problem(
+                f"status of {key}", f"status and Events wait: {away or 'no answer in time'}"
+            )
             return _Answer.NONE
         except MeshctlError as refused:
-            self._failures[_REFUSED] = Problem(str(key), f"status or Event is not written: {refused}")
+            self._failures[_REFUSED] = Problem(f"status of {key}", f"status or Event is not written: {refused}")
             return _Answer.REFUSED
         return _Answer.TAKEN
 
