@@ -15,6 +15,7 @@ import orjson
 import pytest
 
 from meshctl.adapters.manifests import read_all
+from meshctl.api.crd import RESOURCES, definition
 from meshctl.api.document import Severity
 from meshctl.api.objects import Declared, read_manifest, read_object
 from tests.cluster.cluster import OUR_CRDS, Cluster
@@ -227,6 +228,57 @@ def bad() -> Iterator[str]:
     yield from map(with_times, BAD_TIMES)
 
 
+ALL_FIELDS = {
+    "modelroutes": changed(
+        route(
+            backend={"service": SERVICE},
+            requestSize={"headers": ["a"], "classes": [{"name": "a", "min": 1, "max": 2, "batch": 1.5, "share": 1}]},
+            retry={"perTryTimeout": "1s"},
+            expectedLoad=5,
+            **MESHED,
+        ),
+        "spec.guard",
+        {},
+    ),
+    "modelprofiles": profile(service={"points": {"1": "1ms"}}),
+}
+STATIC = route()
+WRONG_TYPES: tuple[Any, ...] = ("", 5, 1.5, True, None, [], {})
+
+
+def fields(schema: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(path, schema) of every field, the first item of a list standing for all."""
+    yield path, schema
+    for name, child in schema.get("properties", {}).items():
+        yield from fields(child, f"{path}.{name}")
+    if "items" in schema:
+        yield from fields(schema["items"], f"{path}.0")
+
+
+def edges(schema: dict[str, Any]) -> Iterator[Any]:
+    """Values on, just inside and just outside each bound of a field, and of every type."""
+    yield from WRONG_TYPES
+    for bound in ("minimum", "maximum"):
+        if bound in schema:
+            step = 1 if schema.get("type") == "integer" else 0.001
+            yield from (schema[bound] - step, schema[bound], schema[bound] + step)
+    if "maxLength" in schema:
+        yield from ("a" * schema["maxLength"], "a" * (schema["maxLength"] + 1))
+    if "maxItems" in schema and schema["items"]["type"] == "string":
+        yield from ([f"a{i}" for i in range(schema["maxItems"] + more)] for more in (0, 1))
+
+
+def at_edges() -> Iterator[str]:
+    """Each field of each kind at its edges, whatever the verdict."""
+    for resource in RESOURCES:
+        (version,) = definition(resource)["spec"]["versions"]
+        whole = version["schema"]["openAPIV3Schema"]["properties"]["spec"]
+        for path, schema in fields(whole, "spec"):
+            static = path.startswith("spec.backend.endpoints")
+            base = STATIC if static else ALL_FIELDS[resource.plural]
+            yield from (text(changed(base, path, value)) for value in edges(schema))
+
+
 EXCEPTIONS: list[tuple[str, str, bool, bool]] = [
     # why, document, whether the API server takes it, whether `meshctl validate` does
     (
@@ -296,6 +348,7 @@ async def test_good_and_bad_documents_are_judged_the_same(cluster: Cluster, tmp_
     async with asking(cluster) as server:
         odd = [said for api, ours, said in await verdicts(server, tmp_path, good()) if not (api and ours)]
         odd += [said for api, ours, said in await verdicts(server, tmp_path, bad()) if api or ours]
+        odd += [said for api, ours, said in await verdicts(server, tmp_path, at_edges()) if api != ours]
         assert odd == []
         apart = await verdicts(server, tmp_path, [document for _, document, *_ in EXCEPTIONS])
     assert [(api, ours) for api, ours, _ in apart] == [(api, ours) for _, _, api, ours in EXCEPTIONS]

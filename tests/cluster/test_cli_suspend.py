@@ -105,7 +105,7 @@ def test_kubectl_runs_it_as_a_plugin(cluster: Cluster, namespace: str) -> None:
     environment = {**os.environ, "PATH": path, "KUBECONFIG": str(cluster.kubeconfig)}
 
     def plugin(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = (cluster.kubectl_binary, "meshctl", *arguments)
+        command: list[str | Path] = [cluster.kubectl_binary, "meshctl", *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, env=environment)
 
     paused = plugin("pause", f"{namespace}/resnet")

@@ -40,7 +40,7 @@ def size_classes(draw: st.DrawFn) -> list[dict[str, Any]]:
 
 
 gateways = st.lists(st.sampled_from(["gw", "istio-system/public", "a.b", "mesh"]), max_size=3, unique=True)
-mesh = st.one_of(
+mesh: st.SearchStrategy[dict[str, Any]] = st.one_of(
     gateways.map(lambda names: {"gateways": names, "hosts": ["m.example.com"]}),
     st.just({"delegate": True}),
     st.just({}),
