@@ -160,7 +160,8 @@ def _object(
 
 def weights_of(route: DesiredRoute, live: Iterable[KubeObject]) -> Weights | None:
     """The weights that the live objects of `route` stand for: every size class, every endpoint of the route, each sum
-    WEIGHT_TOTAL. None when they are not all there, or send some size class to no endpoint that still is.
+    WEIGHT_TOTAL. None when the VirtualService or a ServiceEntry that it names is not there, or when a size class goes
+    to no endpoint that still is.
 
     The live VirtualService decides what is read, not the spec: after a change of mechanism it is the old one's objects,
     and a size class that is new has what the default rule, which serves it until then, has.

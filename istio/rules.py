@@ -2,8 +2,7 @@
 
 One rule per size class, named like it, and one match in it per header, named like that; Envoy's route is then called
 ``small.x-batch-size``. The last rule has no match: no request is refused for its size. "First present wins": the
-matches of a header ask that those before it are absent. Of a header that is repeated Envoy joins the values with commas
-before a regular expression sees them, so such a request takes the default route (our own xDS takes its smallest class).
+matches of a header ask that those before it are absent. So every request is of the class that our own xDS gives it.
 """
 
 from __future__ import annotations
