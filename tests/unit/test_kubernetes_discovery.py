@@ -127,6 +127,11 @@ def test_without_pod_and_node_the_slice_alone_counts() -> None:
     endpoint = one(endpoint_slice("a", [member("t-0", "10.0.0.1", "n1", zone="eu-1")]))
     assert endpoint.workload == Workload("default", "t-0", "n1")
     assert (endpoint.locality, endpoint.ready) == ("/eu-1", True)
+    labels = {"topology.kubernetes.io/region": "eu", "topology.kubernetes.io/zone": "eu-2"}
+    assert (
+        one(endpoint_slice("a", [member("t-0", "10.0.0.1", zone="eu-1")]), pod("t-0", labels=labels)).locality
+        == "eu/eu-2"
+    )
 
 
 def test_an_endpoint_that_is_no_pod_is_served_too() -> None:

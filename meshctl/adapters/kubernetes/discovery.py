@@ -149,7 +149,7 @@ def _server(
         gpu_uuid=first_uuid(annotations),
         concurrency=ref.concurrency,
         ready=_ready(said.get("conditions") or {}) and not _metadata(pod, "deletionTimestamp"),
-        locality=_locality(node, str(said.get("zone") or "")),
+        locality=_locality({**labels, **node}, str(said.get("zone") or "")),
         workload=Workload(
             namespace, str(target["name"]), node_name, tuple(sorted(labels.items())), _account(pod_spec, pod)
         )
@@ -202,10 +202,10 @@ def _ready(conditions: Mapping[str, Any]) -> bool:
     return conditions.get("ready") is not False and conditions.get("terminating") is not True
 
 
-def _locality(node_labels: Mapping[str, str], hint: str) -> str:
-    """``region/zone``; the zone's hint of the slice where the node says none."""
-    region = next(filter(None, map(node_labels.get, REGIONS)), "")
-    zone = next(filter(None, map(node_labels.get, ZONES)), "") or hint
+def _locality(labels: Mapping[str, str], hint: str) -> str:
+    """``region/zone`` of the node, which API servers since 1.35 write on its pods too; else the slice's zone."""
+    region = next(filter(None, map(labels.get, REGIONS)), "")
+    zone = next(filter(None, map(labels.get, ZONES)), "") or hint
     return f"{region}/{zone}" if zone else region
 
 
