@@ -222,7 +222,8 @@ async def test_while_a_kind_is_missing_everything_stays() -> None:
     objects.set_missing("ModelRoute", "no such kind")
     objects.remove(KEY_A)
     objects.remove(ObjectKey("Pod", "default", "o-0"))
-    held = await until(source, lambda d: len(d.problems) == 2)
+    await source.wait_changed()
+    held = source.desired()
     assert held.routes is before
     assert [p.where for p in held.problems] == ["Kubernetes ModelRoute", "Kubernetes"]
     away.clear()

@@ -33,13 +33,17 @@ class Services:
         self._known: dict[ServiceRef, Servers] = {}
         self._asked: dict[ServiceRef, set[ObjectKey]] = {}
         self._askers: dict[ObjectKey, set[ServiceRef]] = {}
+        self._stale: set[ServiceRef] = set()
 
     def look(self) -> bool:
-        """Take in what changed in the copy; True when servers that were asked for differ."""
-        stale = {ref for kind in KINDS for key in self._changed(kind) for ref in self._askers.get(key, ())}
-        before = {ref: self._known[ref] for ref in stale}
-        after = {ref: self._found(ref) for ref in stale}
-        return any(after[ref] is not before[ref] for ref in stale)
+        """Take in what changed in the copy; True when servers that were asked for may differ."""
+        self._stale |= {ref for kind in KINDS for key in self._changed(kind) for ref in self._askers.get(key, ())}
+        if not self._stale:
+            return False
+        for ref in sorted(self._stale, key=str):
+            self._found(ref)
+            self._stale.discard(ref)
+        return True
 
     def keep(self, used: Iterable[ServiceRef]) -> None:
         """Forget all Services but these."""
@@ -93,6 +97,7 @@ class Services:
 
     def _forget(self, ref: ServiceRef) -> None:
         self._known.pop(ref, None)
+        self._stale.discard(ref)
         for key in self._asked.pop(ref, ()):
             askers = self._askers[key]
             askers.discard(ref)

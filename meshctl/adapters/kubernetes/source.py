@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from meshctl.api.document import Fault
 from meshctl.api.objects import KINDS, Declared, Key, read_object
 from meshctl.api.resolve import Resolver
 from meshctl.errors import MeshctlError
-from meshctl.model import Problem
+from meshctl.model import DesiredRoute, Problem, RouteId
 from meshctl.ports import Desired, KubeObject, ObjectKey, Objects
 
 START_S = 30.0
@@ -60,7 +60,10 @@ class KubernetesSource:
         self._read: dict[ObjectKey, _Known] = {}
         self._declared: dict[Key, Declared] = {}
         self._faults: tuple[Problem, ...] = ()
-        self._desired = Desired({})
+        self._outdated = False
+        """What was taken in is not resolved yet."""
+        self._routes: Mapping[RouteId, DesiredRoute] = {}
+        self._looked = Desired({})
 
     async def start(self) -> None:
         """Returns when the copy is complete. Raises MeshctlError, saying what is missing, when that takes too long."""
@@ -73,10 +76,11 @@ class KubernetesSource:
         self.look()
 
     def desired(self) -> Desired:
-        return self._desired
+        """The routes as of the last look; what is wrong with the copy as of now."""
+        return Desired(self._routes, (*_held(self._missing(MANDATORY)), *self._problems(), *self._faults))
 
     async def wait_changed(self) -> None:
-        """Returns when `desired` is another than at the last return."""
+        """Returns when `desired` is another than at the last return (or start)."""
         while not self.look():
             await self._objects.wait_changed()
             await asyncio.sleep(QUIET_S)
@@ -100,21 +104,21 @@ class KubernetesSource:
         return {kind: why for kind in kinds if (why := self._objects.missing(kind))}
 
     def look(self) -> bool:
-        """Take in the copy as it is now; True when `desired` is another."""
-        routes, missing = self._desired.routes, self._missing(MANDATORY)
-        if not missing:
-            another, moved = self._take_objects(), self._services.look()
-            if another or moved:
-                resolved = self._resolver.resolve(self._declared, self._services.servers)
-                self._services.keep(self._resolver.services)
-                routes = resolved.routes
-                faults = (*(fault for known in self._read.values() for fault in known.faults), *resolved.faults)
-                self._faults = tuple(fault.problem() for fault in faults)
-        desired = Desired(routes, (*_held(missing), *self._problems(), *self._faults))
-        if desired == self._desired:
-            return False
-        self._desired = desired
-        return True
+        """Take in the copy as it is now; True when `desired` is another than at the last look."""
+        if not self._missing(MANDATORY):
+            self._outdated |= self._take_objects()
+            self._outdated |= self._services.look()
+            if self._outdated:
+                self._resolve()
+        before, self._looked = self._looked, self.desired()
+        return self._looked != before
+
+    def _resolve(self) -> None:
+        resolved = self._resolver.resolve(self._declared, self._services.servers)
+        self._services.keep(self._resolver.services)
+        faults = (*(fault for known in self._read.values() for fault in known.faults), *resolved.faults)
+        self._routes, self._faults = resolved.routes, tuple(fault.problem() for fault in faults)
+        self._outdated = False
 
     def _take_objects(self) -> bool:
         """Read the ModelRoutes and ModelProfiles that are another object now; True when there was something to it."""
