@@ -23,11 +23,12 @@ from dataclasses import dataclass, field
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
+from istio.names import DOMAIN
 from meshctl.adapters.series import (
     COUNTERS,
     FORMULAS,
+    NAMINGS,
     PROXY_SERIES,
-    ROUTE,
     SERVER_SERIES,
     Family,
     Measured,
@@ -35,7 +36,7 @@ from meshctl.adapters.series import (
     Subject,
     assemble,
     evaluate,
-    route_label,
+    subject_of,
 )
 from meshctl.errors import InputError
 from meshctl.model import DesiredRoute, Problem, RouteId, RouteSignals
@@ -46,8 +47,12 @@ DEFAULT_TIMEOUT_S = 1.0
 MAX_SOCKETS = 256
 MAX_PAGE_BYTES = 64 << 20
 
-# Of a proxy's thousands of counters, by Envoy's own names (dots), which the filter matches.
-_PROXY_PATH = r"/stats/prometheus?filter=^cluster\..*\.(upstream_rq_total|rq_(success|error|active))$"
+# Of a proxy's thousands of counters, by Envoy's own names (dots), which the filter matches; of an Istio gateway's, only
+# those of our hosts. What our own proxies say of a cluster as a whole is not asked of its endpoints once more.
+_PROXY_PATH = (
+    r"/stats/prometheus?filter=^cluster\.([^|]*\.(upstream_rq_total|rq_(success|error|active))"
+    rf"|outbound.*\.{re.escape(DOMAIN)};?\.(upstream_rq_total|.*\.rq_(total|success|error|active)))$"
+)
 _SERVER_PATH = "/metrics"
 _PAGE = re.compile(r"\s*([A-Za-z_:#]|$)")
 """How text of metrics begins; a page of HTML or of binary does not."""
@@ -260,7 +265,8 @@ class Target:
         return known, new
 
     def _subject(self, name: str, labels: _Labels) -> Subject:
-        return tuple(sys.intern(_label(self, labels, label)) for label in _FAMILY[name].by)
+        family = _FAMILY[name]
+        return tuple(sys.intern(_label(self, family, labels, label)) for label in family.by)
 
     def _grown(self, column: int, value: float) -> float:
         if not 0.0 <= value < math.inf:
@@ -319,11 +325,11 @@ class _Series:
         return total
 
 
-def _label(target: Target, labels: _Labels, name: str) -> str:
+def _label(target: Target, family: Family, labels: _Labels, name: str) -> str:
     if name == "instance":
         return target.address
-    if name == ROUTE:
-        return route_label(labels.get("envoy_cluster_name", ""))
+    if name in NAMINGS:
+        return subject_of(name, next((labels[named] for named in family.named_by if named in labels), ""))
     return labels.get(name, "")
 
 

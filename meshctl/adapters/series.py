@@ -5,6 +5,10 @@ scraped pages, and `assemble` joins the results to routes and endpoints. Invaria
 or it is one of no-traffic (0/0), absent (no such series) or the Signal before it (the source could not be asked, or
 said nonsense). What a source failed to say is never read as 0.
 
+One size class has several names: that of our own cluster, and those that Istio gives its clusters and services.
+`NAMINGS` reads them all, the same way in both sources; what is counted under several (of a route that both data planes
+serve, or that changes its mechanism) is added up.
+
 Rejected: fetching raw samples from Prometheus and computing rates here for both sources (with many proxies a poll would
 move megabytes that Prometheus sums for us); formulas written out twice, in PromQL and in Python (they drift apart).
 """
@@ -12,9 +16,11 @@ move megabytes that Prometheus sums for us); formulas written out twice, in Prom
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 
+from istio.names import DOMAIN, size_host, sizes_host, subsets_host
 from meshctl.model import (
     DEFAULT_CLASS,
     DesiredRoute,
@@ -24,6 +30,7 @@ from meshctl.model import (
     Problem,
     RouteId,
     RouteSignals,
+    RouteSpec,
     Signal,
     cluster_name,
 )
@@ -31,8 +38,25 @@ from meshctl.model import (
 Subject = tuple[str, ...]
 """Values of a family's labels, in its order: what one number is about."""
 
-ROUTE = "route"
-"""Not a label of any exporter: `cluster_name` without the size class, so that sizes are summed."""
+SIZE, ROUTE = "size", "route"
+"""No labels of any exporter: a size class, and a route with its size classes summed, as `NAMINGS` reads them."""
+
+_ISTIO = "(?:outbound[|][0-9]+[|][^|]*[|])?"
+_SIZES, _SUBSETS = (f"[^/|;]+[.]{kind}[.]{DOMAIN.replace('.', '[.]')}" for kind in ("sizes", "subsets"))
+NAMINGS: Mapping[str, str] = {
+    # Of a cluster's or service's whole name, the groups one after the other are the subject. Ours are NS/ROUTE/SIZE;
+    # Istio's are outbound|PORT|SUBSET|HOST or HOST, with a ";" behind it in what Envoy counts per endpoint. The same
+    # text is read by RE2, in PromQL (so no backslashes), and by re.
+    SIZE: f"([^/]+/[^/]+/[^/]+)|{_ISTIO}({_SIZES}|{_SUBSETS});?",
+    ROUTE: f"([^/]+/[^/]+)/[^/]+|{_ISTIO}(?:[^./|;]+[.]({_SIZES})|({_SUBSETS}));?",
+}
+_NAMING = {label: re.compile(text) for label, text in NAMINGS.items()}
+
+
+def subject_of(label: str, name: str) -> str:
+    """What a cluster's or service's name says of `label`, one of `NAMINGS`; "" when it is none of ours."""
+    match = _NAMING[label].fullmatch(name)
+    return "".join(group or "" for group in match.groups()) if match else ""
 
 
 # eq=False: both are keys that are looked up for every endpoint; identity hashes at once, nested strings do not.
@@ -43,8 +67,10 @@ class Family:
     by: tuple[str, ...]
     stamp: str
     """The series whose sample time is the time of the whole family."""
-    selector: str = ""
-    """PromQL matchers that leave out what cannot be ours."""
+    named_by: tuple[str, ...] = ()
+    """Labels that may hold the name which `NAMINGS` reads; the first of `by` is then one of those."""
+    matcher: str = ""
+    """PromQL matcher that leaves out what is counted elsewhere too."""
     keep_max: bool = False
     """Of several series with one subject, the largest counts (a GPU seen by two exporters); otherwise their sum."""
 
@@ -54,10 +80,11 @@ TRITON_GPU = Family(("instance",), "nv_gpu_utilization", keep_max=True)
 VLLM = Family(("instance", "model_name"), "vllm:num_requests_running")
 DCGM_PROFILING = Family(("UUID",), "DCGM_FI_PROF_GR_ENGINE_ACTIVE", keep_max=True)
 DCGM_DEVICE = Family(("UUID",), "DCGM_FI_DEV_GPU_UTIL", keep_max=True)
-# Our clusters have two slashes, which the names that a mesh gives its own (outbound|80||host) have not.
-_OURS = '{envoy_cluster_name=~"[^/]+/[^/]+/[^/]+"}'
-CLUSTER = Family(("envoy_cluster_name",), "envoy_cluster_upstream_rq_total", _OURS)
-PROXIED = Family((ROUTE, "envoy_endpoint_address"), "envoy_cluster_endpoint_rq_active", _OURS)
+# Envoy's own tag, and the one that Istio's bootstrap puts in its place; per endpoint it is always Envoy's own.
+CLUSTER = Family((SIZE,), "envoy_cluster_upstream_rq_total", ("envoy_cluster_name", "cluster_name"))
+BALANCED = Family((SIZE,), "envoy_cluster_endpoint_rq_total", ("envoy_cluster_name",))
+MESH = Family((SIZE,), "istio_requests_total", ("destination_service",), 'reporter="source"')
+PROXIED = Family((ROUTE, "envoy_endpoint_address"), "envoy_cluster_endpoint_rq_active", ("envoy_cluster_name",))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,7 +117,13 @@ _TRITON_COMPUTE = (
 _SUCCESS = "nv_inference_request_success"
 _RQ_SUCCESS, _RQ_ERROR = "envoy_cluster_endpoint_rq_success", "envoy_cluster_endpoint_rq_error"
 
-ARRIVALS = Formula(CLUSTER, ("envoy_cluster_upstream_rq_total",))
+ARRIVALS: tuple[Formula, ...] = (
+    # Istio's proxies keep the first to themselves unless told otherwise, and have the second with an EnvoyFilter; both
+    # count what begins, again when it is tried again. Istio's standard metric is always there, and counts what ends.
+    Formula(CLUSTER, ("envoy_cluster_upstream_rq_total",)),
+    Formula(BALANCED, ("envoy_cluster_endpoint_rq_total",)),
+    Formula(MESH, ("istio_requests_total",)),
+)
 
 ENDPOINT_FORMULAS: Mapping[str, tuple[Formula, ...]] = {
     # By field of EndpointSignals; the first formula whose series exist wins. DCGM's sentinels (2**31 - 16 and the like)
@@ -131,10 +164,12 @@ ENDPOINT_FORMULAS: Mapping[str, tuple[Formula, ...]] = {
     "proxy_failed_rps": (Formula(PROXIED, (_RQ_ERROR,)),),
     "proxy_active": (Formula(PROXIED, ("envoy_cluster_endpoint_rq_active",), rate=False),),
 }
-FORMULAS: tuple[Formula, ...] = (ARRIVALS, *(f for formulas in ENDPOINT_FORMULAS.values() for f in formulas))
+FORMULAS: tuple[Formula, ...] = (*ARRIVALS, *(f for formulas in ENDPOINT_FORMULAS.values() for f in formulas))
 FAMILIES: tuple[Family, ...] = tuple(dict.fromkeys(f.family for f in FORMULAS))
-PROXY_SERIES: frozenset[str] = frozenset(n for f in FORMULAS if f.family in (CLUSTER, PROXIED) for n in f.terms)
-SERVER_SERIES: frozenset[str] = frozenset(n for f in FORMULAS for n in f.terms) - PROXY_SERIES
+PROXY_SERIES: frozenset[str] = frozenset(
+    n for f in FORMULAS if f.family in (CLUSTER, BALANCED, PROXIED) for n in f.terms
+)
+SERVER_SERIES: frozenset[str] = frozenset(n for f in FORMULAS if not f.family.named_by for n in f.terms)
 COUNTERS: frozenset[str] = frozenset(n for f in FORMULAS if f.rate for n in f.terms)
 
 assert set(ENDPOINT_FORMULAS) == {f.name for f in fields(EndpointSignals)}  # noqa: S101 (a field without a source)
@@ -143,20 +178,26 @@ assert set(ENDPOINT_FORMULAS) == {f.name for f in fields(EndpointSignals)}  # no
 # -------------------------------------------------------------------------------------------------------- as PromQL
 
 
-def _selected(family: Family, expression: str) -> str:
-    if ROUTE in family.by:
-        expression = f'label_replace({expression}, "{ROUTE}", "$1", "envoy_cluster_name", "(.*)/[^/]*")'
-    return f"by ({', '.join(family.by)}) ({expression})"
+def _selected(family: Family, name: str, of: Callable[[str], str]) -> str:
+    """`of` the series `name` by the family's labels, those of them that are ours."""
+    vector = of(name)
+    if family.named_by:
+        label = family.by[0]
+        text, whole = NAMINGS[label], "".join(f"${i + 1}" for i in range(_NAMING[label].groups))
+        extra = f", {family.matcher}" if family.matcher else ""
+        selected = ((named, of(f'{name}{{{named}=~"{text}"{extra}}}')) for named in family.named_by)
+        vector = " or ".join(f'label_replace({v}, "{label}", "{whole}", "{named}", "{text}")' for named, v in selected)
+    return f"by ({', '.join(family.by)}) ({vector})"
 
 
 def promql(formula: Formula, window_s: float) -> str:
     """One query for the whole fleet; rates over the last `window_s`."""
 
+    def value(series: str) -> str:
+        return f"rate({series}[{round(window_s * 1000)}ms])" if formula.rate else series
+
     def term(name: str) -> str:
-        series = f"{name}{formula.family.selector}"
-        if formula.rate:
-            series = f"rate({series}[{round(window_s * 1000)}ms])"
-        return f"{'max' if formula.family.keep_max else 'sum'} {_selected(formula.family, series)}"
+        return f"{'max' if formula.family.keep_max else 'sum'} {_selected(formula.family, name, value)}"
 
     query = " + ".join(map(term, formula.plus))
     if len(formula.plus) > 1:
@@ -170,7 +211,7 @@ def promql(formula: Formula, window_s: float) -> str:
 
 def promql_stamp(family: Family) -> str:
     """The query for the time (Unix seconds) of each subject's oldest newest sample."""
-    return f"min {_selected(family, f'timestamp({family.stamp}{family.selector})')}"
+    return f"min {_selected(family, family.stamp, 'timestamp({})'.format)}"
 
 
 # ---------------------------------------------------------------------------------------------------- from readings
@@ -262,59 +303,83 @@ def assemble(
 
 
 def _of_route(route: DesiredRoute, measured: Measured, last: RouteSignals) -> RouteSignals:
-    arrivals = {}
-    for size in (*(c.name for c in route.spec.sizes), DEFAULT_CLASS):
-        labels = {"envoy_cluster_name": cluster_name(route.spec.id, size)}
-        arrivals[size] = _pick((ARRIVALS,), labels, 1, measured, last.arrivals_rps.get(size, Signal.ABSENT))
     none = EndpointSignals()
+    names = _names(route.spec)
     endpoints: dict[EndpointId, EndpointSignals] = {
-        e.id: _of_endpoint(route, e, measured, last.endpoints.get(e.id, none)) for e in route.endpoints
+        e.id: _of_endpoint(route, e, names, measured, last.endpoints.get(e.id, none)) for e in route.endpoints
     }
-    return RouteSignals(arrivals, endpoints)
+    return RouteSignals(_arrivals(route.spec, measured, last.arrivals_rps), endpoints)
 
 
-def _of_endpoint(route: DesiredRoute, endpoint: Endpoint, measured: Measured, last: EndpointSignals) -> EndpointSignals:
+def _arrivals(spec: RouteSpec, measured: Measured, last: Mapping[str, Signal]) -> dict[str, Signal]:
+    """By size class. With mechanism Subsets the proxies know no sizes: the sum is split as the sizes are declared."""
+    every = _pick(ARRIVALS, {SIZE: subsets_host(spec.id)}, 1, measured) if spec.meshed else Signal.ABSENT
+    found = {}
+    for size, share in (*((c.name, c.share) for c in spec.sizes), (DEFAULT_CLASS, 0.0)):
+        names = [cluster_name(spec.id, size), *([size_host(spec.id, size)] if spec.meshed else [])]
+        parts = [_pick(ARRIVALS, {SIZE: name}, 1, measured) for name in names]
+        split = every if every is None or every.value is None else Signal(share * every.value, every.at_s)
+        total = _total([*parts, split])
+        found[size] = last.get(size, Signal.ABSENT) if total is None else total
+    return found
+
+
+def _names(spec: RouteSpec) -> tuple[str, ...]:
+    """What a route may be called: the subjects that `NAMINGS` reads out of its clusters' names."""
+    ours = subject_of(ROUTE, cluster_name(spec.id, DEFAULT_CLASS))
+    return (ours, sizes_host(spec.id).removeprefix("*."), subsets_host(spec.id)) if spec.meshed else (ours,)
+
+
+def _of_endpoint(
+    route: DesiredRoute, endpoint: Endpoint, names: tuple[str, ...], measured: Measured, last: EndpointSignals
+) -> EndpointSignals:
     host = f"[{endpoint.address}]" if ":" in endpoint.address else endpoint.address
     labels = {
         "instance": endpoint.metrics,
         "model": route.spec.model,
         "model_name": route.spec.model,
         "UUID": endpoint.gpu_uuid,
-        ROUTE: route_label(cluster_name(route.spec.id, "")),
         "envoy_endpoint_address": f"{host}:{endpoint.port}",
     }
-    return EndpointSignals(
-        **{
-            name: _pick(formulas, labels, endpoint.concurrency, measured, getattr(last, name))
-            for name, formulas in ENDPOINT_FORMULAS.items()
-        }
-    )
-
-
-def route_label(cluster: str) -> str:
-    """The `ROUTE` of a cluster name: all of it but the size class."""
-    return cluster.rpartition("/")[0]
+    named = [{**labels, ROUTE: name} for name in names]
+    found: dict[str, Signal] = {}
+    for name, formulas in ENDPOINT_FORMULAS.items():
+        alternatives = named if formulas[0].family is PROXIED else [labels]
+        signal = _total([_pick(formulas, each, endpoint.concurrency, measured) for each in alternatives])
+        found[name] = getattr(last, name) if signal is None else signal
+    return EndpointSignals(**found)
 
 
 def _pick(
-    formulas: Iterable[Formula], labels: Mapping[str, str], concurrency: int, measured: Measured, last: Signal
-) -> Signal:
-    """The first formula that has an answer; `last` when one could not be asked or was not believed."""
-    otherwise = Signal.ABSENT
+    formulas: Iterable[Formula], labels: Mapping[str, str], concurrency: int, measured: Measured
+) -> Signal | None:
+    """The first formula that has an answer; None when one could not be asked or was not believed."""
+    otherwise: Signal | None = Signal.ABSENT
     for formula in formulas:
         subject = tuple(labels[name] for name in formula.family.by)
         if not all(subject):
             continue  # a label this endpoint does not have (no GPU UUID, no metrics address)
         found = measured.values.get(formula)
         if found is None or ("instance" in formula.family.by and labels["instance"] in measured.dark):
-            otherwise = last
+            otherwise = None
             continue
         signal = found.get(subject, Signal.ABSENT)
         if signal is None:
-            otherwise = last
+            otherwise = None
         elif signal is not Signal.ABSENT:
             return _per_server(signal, concurrency) if formula.per_server else signal
     return otherwise
+
+
+def _total(parts: Iterable[Signal | None]) -> Signal | None:
+    """Of what is counted under several names: the sum of those that are there; None when one could not be had."""
+    there = [part for part in parts if part is not Signal.ABSENT]
+    if len(there) < 2:  # nearly always
+        return there[0] if there else Signal.ABSENT
+    known = [part for part in there if part is not None and part.value is not None and part.at_s is not None]
+    if len(known) < len(there):
+        return None
+    return Signal(sum(part.value or 0.0 for part in known), min(part.at_s or 0.0 for part in known))
 
 
 def _per_server(signal: Signal, concurrency: int) -> Signal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,29 @@ class Exporters:
                 f"envoy_cluster_endpoint_rq_active{at} 2",
             ]
         lines.append(f'envoy_cluster_upstream_rq_total{{envoy_cluster_name="outbound|80||web"}} {9 * self.served}')
+        lines += self.gateway()
         return http("\n".join(lines) + "\n")
+
+    def gateway(self) -> list[str]:
+        """As an Istio gateway writes it: each size class of a route is seen in another of its statistics."""
+        n, host = self.served, "{}.r.one.team.sizes.meshctl.internal"
+        at = f'{{envoy_cluster_name="outbound|80||{host.format("large")};",envoy_endpoint_address="{ADDRESS}"}}'
+        standard = (
+            'source_workload="istio-ingressgateway",source_workload_namespace="istio-system",'
+            'destination_workload="unknown",destination_service_name="{0}",destination_service="{0}",'
+            'destination_service_namespace="team",request_protocol="http",response_code="200",response_flags="-",'
+            'connection_security_policy="unknown"'
+        ).format(host.format("default"))
+        return [
+            f'envoy_cluster_upstream_rq_total{{cluster_name="outbound|80||{host.format("small")}"}} {n / 2}',
+            f'envoy_cluster_upstream_rq_total{{cluster_name="outbound|443||kubernetes.default.svc.cluster.local"}} {n}',
+            f"envoy_cluster_endpoint_rq_total{at} {n / 4}",
+            f"envoy_cluster_endpoint_rq_success{at} {n / 4}",
+            f"envoy_cluster_endpoint_rq_error{at} 0",
+            f"envoy_cluster_endpoint_rq_active{at} 3",
+            f'istio_requests_total{{reporter="source",{standard}}} {n / 8}',
+            f'istio_requests_total{{reporter="destination",{standard}}} {7 * n}',
+        ]
 
 
 class World:
@@ -94,9 +117,11 @@ class World:
         self.proxies = (pages["proxy"].address, pages["proxy2"].address)
         self.dcgm = pages["dcgm"].address
         self.route: DesiredRoute = route(server(self.metrics, ADDRESS, gpu_uuid="GPU-1"))
+        behind_istio = route(server("", ADDRESS), name="team/r.one")
+        self.meshed = replace(behind_istio, spec=replace(behind_istio.spec, gateways=("istio-system/gateway",)))
 
     async def poll(self, source: SignalSource) -> tuple[RouteSignals, EndpointSignals, Observed]:
-        observed = await source.poll({self.route.spec.id: self.route}, self.proxies, POLL_DEADLINE_S)
+        observed = await source.poll({r.spec.id: r for r in (self.route, self.meshed)}, self.proxies, POLL_DEADLINE_S)
         found = observed.routes[self.route.spec.id]
         return found, found.endpoints[self.route.endpoints[0].id], observed
 
@@ -139,14 +164,27 @@ def assert_numbers(found: RouteSignals, endpoint: EndpointSignals) -> None:
     assert found.arrivals_rps["default"] is Signal.ABSENT
 
 
+def assert_gateways_numbers(found: RouteSignals, standard_rps: float | None) -> None:
+    """The same of the route behind Istio; two gateways, each with a part of the requests of each size class."""
+    (endpoint,) = found.endpoints.values()
+    assert endpoint.proxy_active.value == 6.0
+    assert endpoint.proxy_rps.value == pytest.approx(RATE_RPS / 2, rel=RELATIVE)
+    assert found.arrivals_rps["small"].value == pytest.approx(RATE_RPS, rel=RELATIVE)
+    assert found.arrivals_rps["large"].value == pytest.approx(RATE_RPS / 2, rel=RELATIVE)
+    if standard_rps is None:
+        assert found.arrivals_rps["default"] is Signal.ABSENT
+    else:
+        assert found.arrivals_rps["default"].value == pytest.approx(standard_rps, rel=RELATIVE)
+
+
 async def test_prometheus_and_scrape_say_the_same(world: World) -> None:
-    """All twelve signals have the right values by both ways, and none has a Problem but DCGM's sentinel."""
+    """All twelve signals have the right values both ways, behind Istio too, and none a Problem but DCGM's sentinel."""
     clock = MonotonicClock()
     ways: list[SignalSource] = [
         PrometheusSignals(world.prometheus.url, clock, WINDOW_S),
         ScrapeSignals(clock, exporters=(world.dcgm,), timeout_s=POLL_DEADLINE_S),
     ]
-    for source in ways:
+    for source, standard_rps in zip(ways, (RATE_RPS / 4, None), strict=True):
         await world.poll(source)
 
         async def spans_two_seconds(source: SignalSource = source, since_s: float = clock.now_s()) -> bool:
@@ -155,6 +193,7 @@ async def test_prometheus_and_scrape_say_the_same(world: World) -> None:
         await until(spans_two_seconds, "two seconds between the pages")
         found, endpoint, observed = await world.poll(source)
         assert_numbers(found, endpoint)
+        assert_gateways_numbers(observed.routes[world.meshed.spec.id], standard_rps)
         assert [p.message for p in observed.problems if "DCGM_FI_PROF_GR_ENGINE_ACTIVE" not in p.message] == []
         assert endpoint.pending.at_s is not None
         assert endpoint.pending.at_s <= clock.now_s()

@@ -99,7 +99,7 @@ def test_no_number_makes_an_impossible_signal(values: dict[str, float]) -> None:
         "model_name": "resnet50",
         "UUID": "GPU-1",
         "route": "demo/resnet",
-        "envoy_cluster_name": "demo/resnet/small",
+        "size": "demo/resnet/small",
         "envoy_endpoint_address": "127.0.0.1:8000",
     }
     measured = Measured()

@@ -35,7 +35,7 @@ LABELS = {
     "instance": "m:8002",
     "model": "resnet50",
     "UUID": "GPU-1",
-    "envoy_cluster_name": "demo/resnet/small",
+    "size": "demo/resnet/small",
     "route": "demo/resnet",
     "envoy_endpoint_address": "127.0.0.1:8000",
 }
@@ -80,7 +80,7 @@ async def test_every_signal_comes_from_one_poll(signals: PrometheusSignals, prom
     assert observed.problems == ()
     assert {s.value for s in _all(endpoint(observed))} == {0.5}
     assert observed.routes[ROUTE.spec.id].arrivals_rps["small"].value == 0.5
-    assert len(prometheus.asked) <= 27
+    assert len(prometheus.asked) <= 31
     assert not any("127.0.0.1" in query_of(path) or "m:8002" in query_of(path) for path in prometheus.asked)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import fields
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from istio.names import size_host, sizes_host, subsets_host
 from meshctl.adapters import series
 from meshctl.adapters.series import ARRIVALS, ENDPOINT_FORMULAS, FORMULAS, Formula, Measured, Reading, Subject
-from meshctl.model import DEFAULT_CLASS, EndpointId, EndpointSignals, RouteSignals, Signal
+from meshctl.model import DEFAULT_CLASS, DesiredRoute, EndpointId, EndpointSignals, RouteId, RouteSignals, Signal
 from tests.harness.pages import route, server
 
 NOW_S = 100.0
@@ -62,17 +64,24 @@ def one(measured: Measured, last: EndpointSignals | None = None, **endpoint: Any
         (formula("pending"), "sum by (instance, model) (nv_inference_pending_request_count)"),
         (formula("gpu_utilization_ratio", 1), "0.01 * max by (UUID) (DCGM_FI_DEV_GPU_UTIL)"),
         (
-            ARRIVALS,
+            ARRIVALS[1],
             (
-                "sum by (envoy_cluster_name)"
-                ' (rate(envoy_cluster_upstream_rq_total{envoy_cluster_name=~"[^/]+/[^/]+/[^/]+"}[2500ms]))'
+                'sum by (size) (label_replace(rate(envoy_cluster_endpoint_rq_total{envoy_cluster_name=~"SIZE"}'
+                '[2500ms]), "size", "$1$2", "envoy_cluster_name", "SIZE"))'
+            ),
+        ),
+        (
+            ARRIVALS[2],
+            (
+                'sum by (size) (label_replace(rate(istio_requests_total{destination_service=~"SIZE", reporter="source"}'
+                '[2500ms]), "size", "$1$2", "destination_service", "SIZE"))'
             ),
         ),
         (
             formula("proxy_active"),
             (
                 "sum by (route, envoy_endpoint_address) (label_replace(envoy_cluster_endpoint_rq_active"
-                '{envoy_cluster_name=~"[^/]+/[^/]+/[^/]+"}, "route", "$1", "envoy_cluster_name", "(.*)/[^/]*"))'
+                '{envoy_cluster_name=~"ROUTE"}, "route", "$1$2$3", "envoy_cluster_name", "ROUTE"))'
             ),
         ),
         (
@@ -86,7 +95,17 @@ def one(measured: Measured, last: EndpointSignals | None = None, **endpoint: Any
 )
 def test_one_query_is_for_the_whole_fleet(of: Formula, expected: str) -> None:
     """A formula is one PromQL query that names no endpoint."""
+    for label, text in series.NAMINGS.items():
+        expected = expected.replace(f'"{label.upper()}"', f'"{text}"')
     assert series.promql(of, 2.5) == expected
+
+
+def test_a_counter_that_is_tagged_in_two_ways_is_summed() -> None:
+    """Envoy's own tag and Istio's: what has either is ours, and nothing is asked twice."""
+    ours, _, istios = series.promql(ARRIVALS[0], 2.5).removeprefix("sum by (size) ").partition(" or ")
+    assert '"envoy_cluster_name"' in ours
+    assert istios == ours.removeprefix("(").replace("envoy_cluster_name", "cluster_name") + ")"
+    assert "\\" not in ours, "a backslash would need another one in PromQL"
 
 
 def test_every_signal_has_a_source() -> None:
@@ -222,8 +241,86 @@ def test_arrivals_are_by_size_with_the_default_class() -> None:
         ("demo/resnet_v2/small",): Signal(5.0, NOW_S),
         ("demo/resnet/large",): Signal(9.0, NOW_S),
     }
-    found = series.assemble({of.spec.id: of}, measured_of({ARRIVALS: rates}), {})[of.spec.id]
+    found = series.assemble({of.spec.id: of}, measured_of({ARRIVALS[0]: rates}), {})[of.spec.id]
     assert found.arrivals_rps == {"small": Signal(5.0, NOW_S), "large": Signal.ABSENT, DEFAULT_CLASS: Signal.ABSENT}
+
+
+ROUTE_ID = RouteId("team/r.one")
+NAMES = [
+    # name as a proxy or Prometheus shows it, its size class, its route
+    ("demo/resnet/small", "demo/resnet/small", "demo/resnet"),
+    ("demo/resnet_v2/small", "demo/resnet_v2/small", "demo/resnet_v2"),
+    ("outbound|80||small.r.one.team.sizes.meshctl.internal", size_host(ROUTE_ID, "small"), sizes_host(ROUTE_ID)[2:]),
+    ("outbound|80||small.r.one.team.sizes.meshctl.internal;", size_host(ROUTE_ID, "small"), sizes_host(ROUTE_ID)[2:]),
+    ("small.r.one.team.sizes.meshctl.internal", size_host(ROUTE_ID, "small"), sizes_host(ROUTE_ID)[2:]),
+    ("outbound|80|v100|r.one.team.subsets.meshctl.internal", subsets_host(ROUTE_ID), subsets_host(ROUTE_ID)),
+    ("outbound|80|v100|r.one.team.subsets.meshctl.internal;", subsets_host(ROUTE_ID), subsets_host(ROUTE_ID)),
+    ("r.one.team.subsets.meshctl.internal", subsets_host(ROUTE_ID), subsets_host(ROUTE_ID)),
+    ("outbound|443||kubernetes.default.svc.cluster.local", "", ""),
+    ("inbound|8000||", "", ""),
+    ("outbound|80||small", "", ""),  # as stock Envoy cuts it at the first dot
+    ("xds-grpc", "", ""),
+    ("", "", ""),
+]
+
+
+@pytest.mark.parametrize(("name", "size", "route_name"), NAMES)
+def test_every_name_of_a_size_class_is_read(name: str, size: str, route_name: str) -> None:
+    """Ours and Istio's, per cluster, per endpoint and per service; what is not ours is nobody's."""
+    assert (series.subject_of(series.SIZE, name), series.subject_of(series.ROUTE, name)) == (size, route_name)
+
+
+def meshed(name: str = "team/r.one") -> DesiredRoute:
+    of = route(server("m:8002"), name=name)
+    return dataclasses.replace(of, spec=dataclasses.replace(of.spec, gateways=("istio-system/gateway",)))
+
+
+def arrivals(of: DesiredRoute, rates: Mapping[Formula, Mapping[str, float]]) -> dict[str, float | None]:
+    asked = {by: {(name,): Signal(rps, NOW_S) for name, rps in found.items()} for by, found in rates.items()}
+    found = series.assemble({of.spec.id: of}, measured_of(asked), {})[of.spec.id]  # type: ignore[arg-type]  # invariance
+    return {size: signal.value for size, signal in found.arrivals_rps.items()}
+
+
+def test_arrivals_of_a_meshed_route_come_from_whichever_statistics_there_are() -> None:
+    """The proxies' clusters, else their endpoints, else Istio's standard metric; and our own proxies' besides."""
+    small, large = size_host(ROUTE_ID, "small"), size_host(ROUTE_ID, "large")
+    standard = {ARRIVALS[2]: {small: 3.0, large: 1.0}}
+    assert arrivals(meshed(), standard) == {"small": 3.0, "large": 1.0, DEFAULT_CLASS: None}
+    endpoints = {**standard, ARRIVALS[1]: {small: 4.0}}
+    assert arrivals(meshed(), endpoints) == {"small": 4.0, "large": 1.0, DEFAULT_CLASS: None}
+    clusters = {**endpoints, ARRIVALS[0]: {small: 5.0, "team/r_one/small": 10.0}}
+    assert arrivals(meshed(), clusters) == {"small": 15.0, "large": 1.0, DEFAULT_CLASS: None}
+    assert arrivals(route(name="team/r.one"), clusters)["small"] == 10.0, "a route that is not meshed is not Istio's"
+
+
+def test_arrivals_behind_subsets_are_split_as_the_sizes_are_declared() -> None:
+    """Clusters of GPU classes know no sizes: 0.8 small and 0.2 large; what is left of the other mechanism adds up."""
+    subsets = {ARRIVALS[2]: {subsets_host(ROUTE_ID): 10.0}}
+    assert arrivals(meshed(), subsets) == {"small": 8.0, "large": 2.0, DEFAULT_CLASS: 0.0}
+    both = {ARRIVALS[2]: {subsets_host(ROUTE_ID): 10.0, size_host(ROUTE_ID, "large"): 5.0}}
+    assert arrivals(meshed(), both) == {"small": 8.0, "large": 7.0, DEFAULT_CLASS: 0.0}
+
+
+def test_arrivals_that_could_not_be_asked_stay() -> None:
+    """Half of a sum is no sum."""
+    of, asked = meshed(), measured_of({})
+    last = {of.spec.id: RouteSignals({"small": Signal(7.0, 50.0)}, {})}
+    del asked.values[ARRIVALS[2]]
+    asked.values[ARRIVALS[0]] = {("team/r_one/small",): Signal(1.0, NOW_S)}
+    found = series.assemble({of.spec.id: of}, asked, last)[of.spec.id].arrivals_rps
+    assert found == {"small": Signal(7.0, 50.0), "large": Signal.ABSENT, DEFAULT_CLASS: Signal.ABSENT}
+
+
+def test_an_endpoint_behind_istio_and_our_proxies_has_the_sum() -> None:
+    """Of all three names of its route, at the time of the oldest."""
+    of, address = meshed(), "127.0.0.1:8000"
+    subjects = ["team/r_one", sizes_host(ROUTE_ID)[2:], subsets_host(ROUTE_ID)]
+    rates: dict[Subject, Signal | None] = {
+        (name, address): Signal(2.0**i, NOW_S - i) for i, name in enumerate(subjects)
+    }
+    measured = measured_of({formula("proxy_active"): rates})
+    found = series.assemble({of.spec.id: of}, measured, {})[of.spec.id].endpoints[EndpointId(address)]
+    assert found.proxy_active == Signal(7.0, NOW_S - 2)
 
 
 def test_proxies_name_an_ipv6_endpoint_in_brackets() -> None:
