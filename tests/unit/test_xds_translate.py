@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 from envoy_data_plane.envoy.config.cluster.v3 import Cluster, ClusterDiscoveryType, ClusterLbPolicy
@@ -10,7 +11,7 @@ from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment
 from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
 from envoy_data_plane.envoy.service.discovery.v3 import DiscoveryResponse
 
-from meshctl.model import LbPolicy, LoadBalancer
+from meshctl.model import LbPolicy, LoadBalancer, Retry
 from tests.harness.envoy import plan, route_plan
 from xds.snapshot import build
 from xds.translate import Resource, translate, translate_route
@@ -35,6 +36,25 @@ def test_a_cluster_and_an_assignment_per_size_class() -> None:
     assert cluster.track_cluster_stats.per_endpoint_stats
     assert {t.max_connections for t in cluster.circuit_breakers.thresholds} == {2**32 - 1}
     assert cluster.outlier_detection.max_ejection_percent == 50
+
+
+def test_retries_as_the_route_says() -> None:
+    """None where it wants none; what may have run only where that may be repeated."""
+    none = configured(Retry(attempts=0))
+    assert all(route.route.retry_policy is None for route in none)
+    for route in configured(Retry(attempts=4, per_try_timeout_s=0.5, idempotent=True)):
+        policy = route.route.retry_policy
+        assert (policy.num_retries, policy.per_try_timeout) == (4, timedelta(seconds=0.5))
+        assert policy.retry_on == "connect-failure,refused-stream,reset-before-request,reset,gateway-error"
+
+
+def configured(retry: Retry) -> Any:
+    """Envoy's routes of a plan with `retry`."""
+    wanted = route_plan("n/r", {A: 1000})
+    spec = replace(wanted.route.spec, retry=retry)
+    snapshot = build([translate_route(replace(wanted, route=replace(wanted.route, spec=spec)))])
+    (host,) = RouteConfiguration.parse(DiscoveryResponse.parse(snapshot.routes_body()).resources[0].value).virtual_hosts
+    return host.routes
 
 
 def test_weights_without_the_zeros() -> None:
