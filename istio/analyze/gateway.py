@@ -13,6 +13,7 @@ Report = Callable[[str, FieldPath, str], None]
 Spec = Mapping[str, Any]
 
 _TLS = frozenset({"https", "tls"})
+_WITH_CERTIFICATE = frozenset({"SIMPLE", "MUTUAL", "OPTIONAL_MUTUAL"})
 _PLAIN_TLS = frozenset({"httpsRedirect"})
 """What a server without TLS may have under `tls`."""
 
@@ -54,6 +55,19 @@ def _server(server: Spec, path: FieldPath, report: Report) -> None:
         report("GatewayServer", (*path, "tls"), f"{protocol.upper()} needs tls")
     if tls and protocol in PROTOCOLS - _TLS and tls.keys() - _PLAIN_TLS:
         report("GatewayServer", (*path, "tls"), f"{protocol.upper()} takes no tls but httpsRedirect")
+    _certificates(tls or {}, (*path, "tls"), report)
+
+
+def _certificates(tls: Spec, path: FieldPath, report: Report) -> None:
+    mode = tls.get("mode", "")
+    held = [name for name in ("credentialName", "credentialNames", "tlsCertificates") if tls.get(name)]
+    files = [name for name in ("serverCertificate", "privateKey") if tls.get(name)]
+    if mode == "ISTIO_MUTUAL" and (held or files or tls.get("caCertificates")):
+        report("GatewayServer", path, "ISTIO_MUTUAL brings its own certificates; remove those named")
+    if mode in _WITH_CERTIFICATE and not held and len(files) < 2:
+        report("GatewayServer", path, f"{mode} needs credentialName, or serverCertificate and privateKey")
+    if mode in _WITH_CERTIFICATE - {"SIMPLE"} and not {*held} - {"tlsCertificates"} and not tls.get("caCertificates"):
+        report("GatewayServer", (*path, "caCertificates"), f"{mode} needs caCertificates or credentialName")
 
 
 def _host(host: str, path: FieldPath, report: Report) -> None:

@@ -47,7 +47,7 @@ def fault_of(text: str) -> str:
 
 
 class _Reader:
-    """Reads from left to right. Each method takes one thing and returns how often it repeats, at most."""
+    """Reads from left to right. Each method takes one thing and returns how often it repeats, at most (0: no thing)."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -71,7 +71,9 @@ class _Reader:
             raise _FaultError(f"`{self.text[self.at]}` repeats nothing")
         most = self.atom(depth)
         if not (operator := self.operator()):
-            return most
+            return max(most, 1)
+        if most == 0:
+            raise _FaultError(f"`{operator}` repeats nothing")
         times = 1
         if found := _REPEAT.fullmatch(operator):
             low, high = int(found[1]), int(found[3] or found[1])
@@ -113,7 +115,7 @@ class _Reader:
         if self.text.startswith("?", self.at):
             self.at += 1
             if self.flags_only():
-                return 1
+                return 0
         most = self.alternatives(depth + 1)
         if not self.text.startswith(")", self.at):
             raise _FaultError("a `(` is not closed")

@@ -142,7 +142,7 @@ def _collect(document: Document, namespace: str, layers: list[_Layer]) -> None:
 def _matters(value: KubeObject) -> bool:
     """A Gateway of the Gateway API is another thing of the same name."""
     kind, version = str(value.get("kind", "")), str(value.get("apiVersion", ""))
-    return kind in ISTIO_KINDS and version.startswith("networking.istio.io/") or (kind, version) == (SERVICE, "v1")
+    return (kind in ISTIO_KINDS and version.startswith("networking.istio.io/")) or (kind, version) == (SERVICE, "v1")
 
 
 def _values(data: Any) -> Iterator[tuple[FieldPath, Any]]:
