@@ -101,6 +101,7 @@ class Client:
         namespace: str = "",
         *,
         label_selector: str = "",
+        page: int = PAGE,
         deadline_s: float = LIST_DEADLINE_S,
         retry: bool = True,
     ) -> AsyncGenerator[Listing]:
@@ -109,14 +110,15 @@ class Client:
         Raises ExpiredError when the server forgot that moment between two pages: begin again.
         """
         ends_s = time.monotonic() + deadline_s
-        query = {"limit": str(PAGE)} | ({"labelSelector": label_selector} if label_selector else {})
+        query = {"limit": str(page)} | ({"labelSelector": label_selector} if label_selector else {})
         where = f"list {kind.resource}" + (f" in namespace {namespace}" if namespace else "")
         while True:
             left_s = max(ends_s - time.monotonic(), 0.1)
             url = self._config.host + kind.path(namespace) + "?" + urlencode(query)
-            page = await self._send(_Request("GET", where, url, attempt_s=left_s, deadline_s=left_s, retry=retry))
-            yield Listing(tuple(page.get("items") or ()), page["metadata"]["resourceVersion"])
-            if not (token := page["metadata"].get("continue")):
+            answer = await self._send(_Request("GET", where, url, attempt_s=left_s, deadline_s=left_s, retry=retry))
+            metadata = answer["metadata"]
+            yield Listing(tuple(answer.get("items") or ()), metadata["resourceVersion"])
+            if not (token := metadata.get("continue")):
                 return
             query["continue"] = token
 
