@@ -42,7 +42,7 @@ class Subject:
 
     key: ObjectKey
     spec: Mapping[str, Any]
-    """Known fields with values of the right types only."""
+    """Known fields with values of the right types only; a ServiceEntry's endpoints are left out."""
     created: str
     """creationTimestamp (these sort as text); "" when it is not written yet."""
     terms: frozenset[Term]
@@ -176,6 +176,7 @@ def _judged(key: ObjectKey, value: KubeObject, created: str) -> Subject:
         )
     if reader.typed:
         _JUDGES[key.kind](spec, reader.report)
+    spec.pop("endpoints", None)  # no other object asks for them, and 10,000 of them would be held twice
     terms = frozenset(_terms(key, spec))
     return Subject(key, spec, created, terms, tuple(sorted(reader.findings, key=lambda finding: finding.order)), value)
 
