@@ -19,6 +19,12 @@ from tests.harness.tools import ToolProcess, page, require
 from xds.bootstrap import Address, base, http2, static_assignment
 
 ISTIO_NAMESPACE = "istio-system"
+ISTIO_TAGS = (
+    # As in Istio's own bootstrap: Envoy's would end a cluster's name at its first dot, which is inside ours.
+    {"tag_name": "cluster_name", "regex": "^cluster(\\.(.+);)"},
+    {"tag_name": "response_code", "regex": "_rq(_(\\d{3}))$"},
+    {"tag_name": "response_code_class", "regex": "_rq(_(\\dxx))$"},
+)
 CONTROLLERS = (
     "serviceaccount-controller",
     "serviceaccount-token-controller",
@@ -290,6 +296,7 @@ class GatewayEnvoy(ToolProcess):
                     "INSTANCE_IPS": "127.0.0.1",
                 },
             },
+            "stats_config": {"use_all_default_tags": False, "stats_tags": ISTIO_TAGS},
             "dynamic_resources": {
                 "ads_config": {
                     "api_type": "GRPC",
