@@ -45,6 +45,12 @@ def stranger(route: RouteId, live: KubeObject) -> str:
     return f"it is controlled by {others[0]}" if others else ""
 
 
+def managed(live: KubeObject) -> bool:
+    """We have a part in the object, whatever became of its label."""
+    entries = live["metadata"].get("managedFields") or ()
+    return any(entry.get("manager") == MANAGER and not entry.get("subresource") for entry in entries)
+
+
 def others_fields(wanted: KubeObject, live: KubeObject) -> Mapping[str, tuple[str, ...]]:
     """Field managers that own, in `live`, something of what `wanted` says: manager -> fields, both ordered."""
     found: dict[str, set[str]] = {}

@@ -19,7 +19,7 @@ Rejected: a phase per route kept in status. It would be one more thing that can 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from istio.names import DESTINATION_RULE, OURS, SERVICE_ENTRY, VIRTUAL_SERVICE, key_of
@@ -61,12 +61,16 @@ class Past:
 
     since: Written
     refs: Refs
+    confirmed: bool = False
+    """Every gateway knows `since`, or something later."""
 
 
 History = tuple[Past, ...]
 """Oldest first; the last one is live."""
 Live = Mapping[ObjectKey, KubeObject]
 """The live objects of one route, ours only."""
+Item = Mapping[str, Any]
+"""A subset, or an endpoint."""
 Same = Callable[[KubeObject, KubeObject | None], bool]
 
 
@@ -77,6 +81,7 @@ class Step:
     apply: tuple[KubeObject, ...] = ()
     delete: tuple[KubeObject, ...] = ()
     awaits: tuple[Written, ...] = ()
+    """All that has to be confirmed, what is already included; when nothing is to be written."""
     why: str = ""
     """What it waits for, for people."""
 
@@ -100,20 +105,16 @@ def observe(history: History, key: ObjectKey, live: KubeObject | None, confirmed
     last = history[-1] if history else None
     if last is None or last.refs != refs or (last.since.version == "") != (live is None):
         history = (*history, Past(Written(key, version_of(live)), refs))
-    return history[_last_confirmed(history, confirmed) or 0 :]
+    history = tuple(replace(p, confirmed=True) if p.since in confirmed else p for p in history)
+    return history[max((i for i, past in enumerate(history) if past.confirmed), default=0) :]
 
 
-def in_force(history: History, confirmed: Collection[Written]) -> Refs | None:
+def in_force(history: History) -> Refs | None:
     """All that some gateway may still be told to send requests to; None: not known, it may be anything."""
-    start = _last_confirmed(history, confirmed)
-    if start is None:
+    if not history or not history[0].confirmed:
         return None
-    past = [past.refs for past in history[start:]]
+    past = [past.refs for past in history]
     return Refs(frozenset().union(*(r.named for r in past)), frozenset().union(*(r.used for r in past)))
-
-
-def _last_confirmed(history: History, confirmed: Collection[Written]) -> int | None:
-    return next((i for i in reversed(range(len(history))) if history[i].since in confirmed), None)
 
 
 def _destinations(virtual_service: KubeObject) -> Iterator[tuple[Ref, int | None]]:
@@ -131,7 +132,7 @@ def next_step(
     wanted: Rendered | None, live: Live, history: History, confirmed: Collection[Written], same: Same = same
 ) -> Step:
     """The next step from `live` to `wanted` (None: away with it). `history` must be observed (`observe`)."""
-    known = in_force(history, confirmed)
+    known = in_force(history)
     if wanted is None:
         return _removal(live, history, known)
     backends = tuple(_widened(value, live, known) for value in wanted.backends)
@@ -141,8 +142,9 @@ def next_step(
     if not same(route, old := live.get(key_of(route))):
         refs, before = refs_of(route), refs_of(old)
         new = (refs.named - before.named) | (refs.used - before.used)
-        if awaits := tuple(sorted(set(_unconfirmed(new, _backends(live), confirmed)))):
-            return Step(awaits=awaits, why=f"the gateways to know {_listed(w.key for w in awaits)}")
+        needed = tuple(sorted({written_of(v, _backends(live)) for v in _backends(live) if _concern(v, new)}))
+        if unknown := [written.key for written in needed if written not in confirmed]:
+            return Step(awaits=needed, why=f"the gateways to know {_listed(unknown)}")
         return Step(apply=(route,))
     return _pruning(wanted, backends, live, history, known)
 
@@ -165,7 +167,7 @@ def _pruning(
 
 
 def _deletion(obsolete: list[KubeObject], history: History, known: Refs | None) -> Step:
-    free = [] if known is None else [v for v in obsolete if not any(_concerns(v, ref) for ref in known.named)]
+    free = [] if known is None else [v for v in obsolete if not _concern(v, known.named)]
     if free:
         return Step(delete=tuple(sorted(free, key=_breaking_order)))
     if not obsolete:
@@ -193,11 +195,8 @@ def _listed(keys: Iterable[ObjectKey]) -> str:
 # ------------------------------------------------------------------------------------------------ hosts and subsets
 
 
-def _unconfirmed(refs: Iterable[Ref], backends: list[KubeObject], confirmed: Collection[Written]) -> Iterator[Written]:
-    for ref in refs:
-        for value in backends:
-            if _concerns(value, ref) and (written := written_of(value, backends)) not in confirmed:
-                yield written
+def _concern(value: KubeObject, refs: Iterable[Ref]) -> bool:
+    return any(_concerns(value, ref) for ref in refs)
 
 
 def _concerns(value: KubeObject, ref: Ref) -> bool:
@@ -230,17 +229,25 @@ def _widened(value: KubeObject, live: Live, known: Refs | None) -> KubeObject:
     if old is None:
         return value
     if value["kind"] == DESTINATION_RULE:
-        return _with(value, "subsets", _still_named_subsets(value, old, known))
-    return _with(value, "endpoints", _still_used_endpoints(value, old, live, known))
+        return _with(value, old, "subsets", _still_named_subsets(value, old, known))
+    return _with(value, old, "endpoints", _still_used_endpoints(value, old, live, known))
 
 
-def _with(value: KubeObject, field: str, more: list[Mapping[str, Any]]) -> KubeObject:
-    if not more:
+def _with(value: KubeObject, old: KubeObject, field: str, kept: list[Item]) -> KubeObject:
+    """`value` with `kept` in its list `field`; what `old` has too stands in the order it has there."""
+    if not kept:
         return value
-    return {**value, "spec": {**value["spec"], field: [*(value["spec"].get(field) or ()), *more]}}
+    items = {_identity(item): item for item in (*(value["spec"].get(field) or ()), *kept)}
+    before = [items.pop(_identity(item)) for item in old["spec"].get(field) or () if _identity(item) in items]
+    return {**value, "spec": {**value["spec"], field: [*before, *items.values()]}}
 
 
-def _still_named_subsets(value: KubeObject, old: KubeObject, known: Refs | None) -> list[Mapping[str, Any]]:
+def _identity(item: Item) -> tuple[object, ...]:
+    """A subset is what its name says, an endpoint its address and ports."""
+    return (item.get("name"), item.get("address"), *sorted((item.get("ports") or {}).items()))
+
+
+def _still_named_subsets(value: KubeObject, old: KubeObject, known: Refs | None) -> list[Item]:
     host = str(value["spec"]["host"])
     if old["spec"].get("host") != host:
         return []
@@ -252,25 +259,23 @@ def _still_named_subsets(value: KubeObject, old: KubeObject, known: Refs | None)
     ]
 
 
-def _still_used_endpoints(
-    value: KubeObject, old: KubeObject, live: Live, known: Refs | None
-) -> list[Mapping[str, Any]]:
+def _still_used_endpoints(value: KubeObject, old: KubeObject, live: Live, known: Refs | None) -> list[Item]:
     """Endpoints of subsets that still get requests and of which no wanted endpoint is: without them requests fail."""
     endpoints = value["spec"].get("endpoints") or ()
-    addresses = {endpoint.get("address") for endpoint in endpoints}
-    kept: list[Mapping[str, Any]] = []
+    wanted = {_identity(endpoint) for endpoint in endpoints}
+    kept: list[Item] = []
     for subset in _subsets_of(value["spec"]["hosts"], live, known):
         if any(_selected(subset, endpoint) for endpoint in endpoints):
             continue
         kept += [
             endpoint
             for endpoint in old["spec"].get("endpoints") or ()
-            if _selected(subset, endpoint) and endpoint not in kept and endpoint.get("address") not in addresses
+            if _selected(subset, endpoint) and endpoint not in kept and _identity(endpoint) not in wanted
         ]
     return kept
 
 
-def _subsets_of(hosts: Collection[str], live: Live, known: Refs | None) -> Iterator[Mapping[str, Any]]:
+def _subsets_of(hosts: Collection[str], live: Live, known: Refs | None) -> Iterator[Item]:
     for key, rule in sorted(live.items()):
         if key.kind != DESTINATION_RULE or rule["spec"].get("host") not in hosts:
             continue
@@ -279,6 +284,6 @@ def _subsets_of(hosts: Collection[str], live: Live, known: Refs | None) -> Itera
                 yield subset
 
 
-def _selected(subset: Mapping[str, Any], endpoint: Mapping[str, Any]) -> bool:
+def _selected(subset: Item, endpoint: Item) -> bool:
     labels = endpoint.get("labels") or {}
     return all(labels.get(name) == value for name, value in (subset.get("labels") or {}).items())

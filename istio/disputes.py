@@ -1,0 +1,126 @@
+"""May we write this object, or has somebody else a say in it? Pure: `now_s` is an argument.
+
+A change by others to what we wrote is never written over: it is a conflict, until they undo it (the object says again
+what we wrote) or somebody asks for it back (`meshctl resume` gives the route a new ``meshctl.io/resumed-at``, and ONE
+write is forced). An object of ours that others delete is written again: once at once, then with back-off. So there is
+no war of rewrites, whoever is on the other side.
+
+After an undone change the other one still owns the fields, though they say what we wrote. Then the next write is
+forced, but only onto exactly the version that was looked at: nothing of theirs can be lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from istio.names import key_of
+from istio.ownership import managed, others_fields, resumed_at, same, stranger
+from meshctl.model import RouteId
+from meshctl.ports import KubeObject, ObjectKey
+
+BACK_OFF_S, BACK_OFF_MAX_S = 30.0, 600.0
+"""Before an object in dispute is written again: doubled each time; long enough that two controllers that both insist
+write a few times per hour (of one such fight 418 writes in 34 s are on record)."""
+FORGET_S = 2 * BACK_OFF_MAX_S
+"""A dispute so long ago does not lengthen the next one's back-off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """Whether a write may be done."""
+
+    conflict: str = ""
+    """Who has a say, in what, and what to do; then nothing is written. "" for none."""
+    force: bool = False
+    pinned: bool = False
+    """Only onto the version that was looked at."""
+
+
+FREE = Judgement()
+
+
+@dataclass(slots=True)
+class _Case:
+    strikes: int = 0
+    open: bool = False
+    until_s: float = 0.0
+    last_s: float = 0.0
+    words: str = ""
+
+
+class Disputes:
+    """See the module. One for all routes; nothing in it is lost that matters: after a restart only back-offs are."""
+
+    def __init__(self) -> None:
+        self._cases: dict[ObjectKey, _Case] = {}
+        self._said: dict[ObjectKey, KubeObject] = {}
+        """What we wrote last, or found as we want it."""
+
+    def agreed(self, wanted: KubeObject) -> None:
+        """The live object says `wanted`: written by us, or found so."""
+        key = key_of(wanted)
+        if self._said.get(key) is not wanted:
+            self._said[key] = wanted
+        if (case := self._cases.get(key)) is not None:
+            case.open = False
+
+    def gone(self, key: ObjectKey) -> None:
+        """We deleted it."""
+        self._said.pop(key, None)
+        self._cases.pop(key, None)
+
+    def lost(self, wanted: KubeObject, words: str, now_s: float) -> None:
+        """The API server says that somebody else owns what we would write."""
+        case = self._struck(key_of(wanted), now_s)
+        case.words = words
+
+    def judge(self, route: RouteId, wanted: KubeObject, live: KubeObject | None, now_s: float) -> Judgement:
+        """Of writing `wanted` over `live`, which says something else."""
+        key = key_of(wanted)
+        if live is None:
+            return self._of_deleted(route, key, wanted, now_s)
+        if why := stranger(route, live) if not managed(live) else "":
+            return Judgement(f"{key} is not meshctl's: {why}; delete or rename it, or rename the ModelRoute {route}")
+        if resumed_at(wanted) not in ("", resumed_at(live)):
+            return Judgement(force=True)
+        fields = others_fields(wanted, live)
+        if fields and key in self._said and same(self._said[key], live):
+            return Judgement(force=True, pinned=True)
+        if fields:
+            self._struck(key, now_s)
+            return Judgement(f"{key} was changed by {_listed(fields)}; {_remedy(route)}")
+        case = self._cases.get(key)
+        if case is not None and now_s < case.until_s:
+            return Judgement(f"{case.words or f'{key} was changed by others'}; {_remedy(route)}")
+        return FREE
+
+    def due_s(self) -> float | None:
+        """When the next back-off ends; None when there is none."""
+        return min((case.until_s for case in self._cases.values() if case.open), default=None)
+
+    def _of_deleted(self, route: RouteId, key: ObjectKey, wanted: KubeObject, now_s: float) -> Judgement:
+        said = self._said.get(key)
+        if said is None or resumed_at(said) != resumed_at(wanted):
+            return FREE
+        case = self._struck(key, now_s)
+        if case.strikes <= 1 or now_s >= case.until_s:
+            return FREE
+        return Judgement(f"{key} is deleted by somebody again and again; {_remedy(route)}")
+
+    def _struck(self, key: ObjectKey, now_s: float) -> _Case:
+        """The open case of an object, opened now if there was none."""
+        case = self._cases.setdefault(key, _Case())
+        if not case.open:
+            case.strikes = 1 + (case.strikes if now_s - case.last_s < FORGET_S else 0)
+            case.open, case.last_s, case.words = True, now_s, ""
+            case.until_s = now_s + min(BACK_OFF_MAX_S, BACK_OFF_S * 2.0 ** (case.strikes - 1))
+        return case
+
+
+def _listed(fields: Mapping[str, tuple[str, ...]]) -> str:
+    return " and ".join(f"{manager} ({', '.join(names)})" for manager, names in fields.items())
+
+
+def _remedy(route: RouteId) -> str:
+    return f"nothing is written over it; undo it, or take it back: `meshctl resume {route}`"
