@@ -15,8 +15,11 @@ from istio.analyze import CODES, ISTIO_KINDS, SERVICE, Finding, Known, Severity,
 from istio.analyze.regex import fault_of
 from istio.analyze.shape import Entries, Items, Message, Shape
 from istio.analyze.shapes import SHAPES
+from istio.render import render
 from meshctl.api.document import parse
+from meshctl.model import Mechanism
 from meshctl.ports import ObjectKey
+from tests.harness.istio_plans import GATEWAY, meshed, objects
 
 DATA = Path(__file__).parents[1] / "data" / "istio"
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "analyze.md"
@@ -54,11 +57,11 @@ def codes(findings: tuple[Finding, ...]) -> set[str]:
 def test_each_document_has_the_findings_it_names(path: Path) -> None:
     """The first line of tests/data/istio/*.yaml says which; files called good have none, odd ones only warnings."""
     expected = set(path.read_text().splitlines()[0].removeprefix("# expect: ").split()) - {"nothing"}
-    objects = documents(path)
-    before = copy.deepcopy(objects)
-    findings = analyze(objects)
+    given_objects = documents(path)
+    before = copy.deepcopy(given_objects)
+    findings = analyze(given_objects)
     assert codes(findings) == expected
-    assert objects == before
+    assert given_objects == before
     errors = any(finding.severity is Severity.ERROR for finding in findings)
     assert (bool(findings), errors) == {"bad": (True, True), "odd": (True, False), "good": (False, False)}[
         path.stem.partition("-")[0]
@@ -112,8 +115,8 @@ SPECS = st.one_of([st.tuples(st.just(kind), shaped(SHAPES[kind])) for kind in so
 @given(st.lists(SPECS, max_size=4))
 def test_anything_like_an_istio_object_is_analyzed(specs: list[tuple[str, Any]]) -> None:
     """Known fields with other values in them are where a rule could trip."""
-    objects = [made(kind, f"o{index % 3}", spec) for index, (kind, spec) in enumerate(specs)]
-    findings = analyze(objects, objects, (*ISTIO_KINDS, SERVICE))
+    values = [made(kind, f"o{index % 3}", spec) for index, (kind, spec) in enumerate(specs)]
+    findings = analyze(values, values, (*ISTIO_KINDS, SERVICE))
     assert list(findings) == sorted(findings, key=lambda finding: finding.order)
     assert all(finding.code in CODES for finding in findings)
 
@@ -138,6 +141,22 @@ def test_re2_is_taken(text: str) -> None:
 def test_what_is_not_re2_is_refused(text: str) -> None:
     """Look-around, back-references, possessive repetition, and what never closes."""
     assert fault_of(text) != ""
+
+
+@pytest.mark.parametrize("mechanism", Mechanism)
+@pytest.mark.parametrize("delegate", [False, True], ids=["root", "delegate"])
+def test_what_is_rendered_has_no_finding(mechanism: Mechanism, delegate: bool) -> None:
+    """Also where an endpoint has no weight, or a GPU class gets none of a size."""
+    weights = {"192.0.2.1:8000": 0, "192.0.2.2:8000": 1000}
+    plan = meshed("team/resnet", weights, mechanism=mechanism, delegate=delegate)
+    server = {"port": {"number": 80, "name": "http", "protocol": "HTTP"}, "hosts": ["*"]}
+    namespace, name = GATEWAY.split("/")
+    root = {"hosts": ["h.example"], "http": [{"match": [{"uri": {"prefix": "/v2"}}], "delegate": {"name": "resnet"}}]}
+    others = [
+        made("Gateway", name, {"servers": [server]}, namespace),
+        *([made("VirtualService", "root", root, "team")] if delegate else []),
+    ]
+    assert check(objects(render(plan)), others) == ()
 
 
 class TestCheck:
