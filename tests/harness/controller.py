@@ -6,6 +6,7 @@ Nothing of our own code is replaced: these implement the ports that adapters imp
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -212,11 +213,17 @@ class RunProcess:
             await asyncio.sleep(0.05)  # the log is a file: there is nothing to wait on but its growth
 
 
+def run_process(
+    manifests: Path, state: Path, log: Path, *options: str
+) -> contextlib.AbstractAsyncContextManager[RunProcess]:
+    """`meshctl run` over a directory."""
+    return run_with(log, "--manifests", str(manifests), "--state", str(state), *options)
+
+
 @asynccontextmanager
-async def run_process(manifests: Path, state: Path, log: Path, *options: str) -> AsyncIterator[RunProcess]:
+async def run_with(log: Path, *options: str) -> AsyncIterator[RunProcess]:
     """`meshctl run` on free ports unless `options` say otherwise; killed in the end if it still runs."""
-    command = [sys.executable, "-m", "meshctl", "run", "--manifests", str(manifests), "--state", str(state)]
-    command += ["--xds", "127.0.0.1:0", "--admin", "127.0.0.1:0", *options]
+    command = [sys.executable, "-m", "meshctl", "run", "--xds", "127.0.0.1:0", "--admin", "127.0.0.1:0", *options]
     with log.open("wb") as stderr:
         process = await asyncio.create_subprocess_exec(*command, stderr=stderr, start_new_session=True)
     child = RunProcess(process, log)
