@@ -54,6 +54,10 @@ PENDING = "Pending"
 NOT_CONFIRMED = "NotConfirmed"
 
 
+DRAINED = frozenset({ReasonCode.DRAINED_ERRORS, ReasonCode.DRAINED_HANG})
+"""Reasons that say of an endpoint why it is drained."""
+
+
 @dataclass(frozen=True, slots=True)
 class Condition:
     type: ConditionType
@@ -201,11 +205,20 @@ def _ready(plan: RoutePlan, resolved: Condition, programmed: Condition) -> Condi
         return condition(Status.FALSE, CONFLICT, "served as the live objects say, not as decided: see Conflict")
     if programmed.status is not Status.TRUE and programmed.reason != NOT_CONFIRMED:
         return condition(programmed.status, programmed.reason, programmed.message)
+    without = _without(plan)
     if plan.route.spec.suspend:
-        return condition(Status.TRUE, ReasonCode.SUSPENDED, "served with the weights held: spec.suspend is true")
+        held = "served with the weights held: spec.suspend is true"
+        return condition(Status.TRUE, ReasonCode.SUSPENDED, held + without)
     if programmed.status is not Status.TRUE:
-        return condition(Status.TRUE, NOT_CONFIRMED, f"weights are {programmed.message}")
-    return condition(Status.TRUE, "Served", "weights are in force in every proxy")
+        return condition(Status.TRUE, NOT_CONFIRMED, f"weights are {programmed.message}{without}")
+    return condition(Status.TRUE, "Served", f"weights are in force in every proxy{without}")
+
+
+def _without(plan: RoutePlan) -> str:
+    """Which endpoints get no requests, and why."""
+    why = {r.subject: r.message for r in plan.reasons if r.code in DRAINED}
+    drained = [f"{id_} ({why.get(id_, 'drained')})" for id_ in sorted(plan.drained)]
+    return f"; without {_few(drained)}" if drained else ""
 
 
 def _few(names: Sequence[str], limit: int = 5) -> str:

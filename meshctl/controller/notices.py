@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from meshctl.controller.conditions import ConditionType, Status
+from meshctl.controller.conditions import DRAINED, ConditionType, Status
 from meshctl.controller.statuses import StatusObject, conditions_of, words
 from meshctl.model import EndpointId, ReasonCode, RoutePlan
 
@@ -83,7 +83,7 @@ def of_plans(before: RoutePlan, after: RoutePlan) -> tuple[Notice, ...]:
     if before is after:
         return ()
     known = {endpoint.id: endpoint.gpu or "unknown GPU" for endpoint in after.route.endpoints}
-    why = {r.subject: r.message for r in after.reasons if r.code in _DRAINED}
+    why = {r.subject: r.message for r in after.reasons if r.code in DRAINED}
     drained = sorted(after.drained - before.drained)
     recovered = sorted((before.drained - after.drained) & known.keys())
     down = [f"{id_} ({known.get(id_)}) gets no requests: {why.get(id_, 'drained')}" for id_ in drained]
@@ -93,9 +93,6 @@ def of_plans(before: RoutePlan, after: RoutePlan) -> tuple[Notice, ...]:
         *_each(NORMAL, "EndpointRecovered", up, recovered, "Recover"),
         *_each(WARNING, "EndpointDrained", down, drained, "Drain"),
     )
-
-
-_DRAINED = frozenset({ReasonCode.DRAINED_ERRORS, ReasonCode.DRAINED_HANG})
 
 
 def _suspension(before: bool, after: bool) -> Iterator[Notice]:

@@ -16,6 +16,8 @@ from meshctl.model import (
     EndpointSignals,
     Problem,
     ProxyStatus,
+    Reason,
+    ReasonCode,
     RouteId,
     RoutePlan,
     RouteSignals,
@@ -132,6 +134,18 @@ def test_a_conflict_is_told_in_the_writers_words_and_what_is_served_meanwhile() 
     found = {c.type: c for c in conditions(case["plan"], FRESH, case["dataplane"], [], NOW_S)}
     assert found[CONFLICT].message == "kubectl-edit changed spec.http"
     assert "served as the live objects say" in found[READY].message
+
+
+def test_ready_names_the_endpoints_that_get_no_requests() -> None:
+    """Events are forgotten after an hour; which server is left out, and why, stays to be read."""
+    first = _plan().route.endpoints[0].id
+    why = Reason(ReasonCode.DRAINED_ERRORS, first, "62% of its requests fail")
+    plan = _plan(drained=frozenset({first}), reasons=(why,))
+    ready, *_ = conditions(plan, FRESH, SYNCED, [], NOW_S)
+    assert (ready.status, ready.message) == (
+        Status.TRUE,
+        f"weights are in force in every proxy; without {first} (62% of its requests fail)",
+    )
 
 
 def test_a_route_that_was_never_valid_has_its_faults_in_words() -> None:
