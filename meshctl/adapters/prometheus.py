@@ -80,7 +80,8 @@ class PrometheusSignals:
     ) -> Observed:
         """Ask for everything; `proxies` are not asked (Prometheus scrapes them)."""
         measured, problems = await self._measure(deadline_s)
-        self._last = assemble(routes, measured, self._last)
+        # 0.2 s for 10,000 endpoints: the event loop has others to serve meanwhile
+        self._last = await asyncio.to_thread(assemble, routes, measured, self._last)
         return Observed(self._last, (*problems, *measured.problems(self._where)))
 
     async def stop(self) -> None:

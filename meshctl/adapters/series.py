@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 
 from istio.names import DOMAIN, size_host, sizes_host, subsets_host
@@ -299,12 +299,15 @@ def assemble(
 ) -> dict[RouteId, RouteSignals]:
     """The Signals of every route: what was measured, else what was known before, else absent."""
     none = RouteSignals()
-    return {route_id: _of_route(route, measured, last.get(route_id, none)) for route_id, route in routes.items()}
+    proxied = {subject[0] for f in FORMULAS if f.family is PROXIED for subject in measured.values.get(f, ())}
+    return {
+        route_id: _of_route(route, _names(route.spec, proxied), measured, last.get(route_id, none))
+        for route_id, route in routes.items()
+    }
 
 
-def _of_route(route: DesiredRoute, measured: Measured, last: RouteSignals) -> RouteSignals:
+def _of_route(route: DesiredRoute, names: tuple[str, ...], measured: Measured, last: RouteSignals) -> RouteSignals:
     none = EndpointSignals()
-    names = _names(route.spec)
     endpoints: dict[EndpointId, EndpointSignals] = {
         e.id: _of_endpoint(route, e, names, measured, last.endpoints.get(e.id, none)) for e in route.endpoints
     }
@@ -324,10 +327,11 @@ def _arrivals(spec: RouteSpec, measured: Measured, last: Mapping[str, Signal]) -
     return found
 
 
-def _names(spec: RouteSpec) -> tuple[str, ...]:
-    """What a route may be called: the subjects that `NAMINGS` reads out of its clusters' names."""
+def _names(spec: RouteSpec, proxied: Container[str]) -> tuple[str, ...]:
+    """What `NAMINGS` calls a route: our own name, and those of Istio's that are among the `proxied`."""
+    istios = (sizes_host(spec.id).removeprefix("*."), subsets_host(spec.id)) if spec.meshed else ()
     ours = subject_of(ROUTE, cluster_name(spec.id, DEFAULT_CLASS))
-    return (ours, sizes_host(spec.id).removeprefix("*."), subsets_host(spec.id)) if spec.meshed else (ours,)
+    return (ours, *(name for name in istios if name in proxied))
 
 
 def _of_endpoint(
@@ -340,12 +344,14 @@ def _of_endpoint(
         "model_name": route.spec.model,
         "UUID": endpoint.gpu_uuid,
         "envoy_endpoint_address": f"{host}:{endpoint.port}",
+        ROUTE: names[0],
     }
-    named = [{**labels, ROUTE: name} for name in names]
+    others = [{**labels, ROUTE: name} for name in names[1:]]
     found: dict[str, Signal] = {}
     for name, formulas in ENDPOINT_FORMULAS.items():
-        alternatives = named if formulas[0].family is PROXIED else [labels]
-        signal = _total([_pick(formulas, each, endpoint.concurrency, measured) for each in alternatives])
+        signal = _pick(formulas, labels, endpoint.concurrency, measured)
+        if others and formulas[0].family is PROXIED:
+            signal = _total([signal, *(_pick(formulas, each, endpoint.concurrency, measured) for each in others)])
         found[name] = getattr(last, name) if signal is None else signal
     return EndpointSignals(**found)
 
