@@ -300,7 +300,7 @@ class Istiod:
 
 def _status(proxy: Proxy) -> ProxyStatus:
     said = [f"{kind}s: {words}" for kind, words in sorted(proxy.refused.items())]
-    return ProxyStatus(proxy.node, "", not proxy.behind, "; ".join(said))
+    return ProxyStatus(proxy.node, "", not proxy.behind, "; ".join(said), mesh=True)
 
 
 async def _addresses(url: str) -> list[str]:
