@@ -69,8 +69,9 @@ _FEW = 100
 class ScrapeSignals:
     """ports.SignalSource that asks the sources themselves.
 
-    `exporters` are further ``host:port`` pages of the servers' kind: DCGM's, which are no endpoint's own. Raises
-    InputError when a window or time-out is not above 0.
+    `exporters` are further ``host:port`` pages of the servers' kind: DCGM's, which are no endpoint's own; `gateways` are
+    admin addresses of proxies that do not tell theirs (those that istiod configures). Raises InputError when a window
+    or time-out is not above 0.
     """
 
     def __init__(
@@ -80,10 +81,12 @@ class ScrapeSignals:
         *,
         timeout_s: float = DEFAULT_TIMEOUT_S,
         exporters: tuple[str, ...] = (),
+        gateways: tuple[str, ...] = (),
     ) -> None:
         if not (window_s > 0 and timeout_s > 0):
             raise InputError(f"scrape window {window_s:g} s and time-out {timeout_s:g} s: both must be above 0")
         self._clock, self._window_s, self._timeout_s, self._exporters = clock, window_s, timeout_s, exporters
+        self._gateways = gateways
         self._targets: dict[str, Target] = {}
         self._last: Mapping[RouteId, RouteSignals] = {}
         self._session: aiohttp.ClientSession | None = None
@@ -91,8 +94,8 @@ class ScrapeSignals:
     async def poll(
         self, routes: Mapping[RouteId, DesiredRoute], proxies: tuple[str, ...], deadline_s: float
     ) -> Observed:
-        """Ask every distinct metrics address of `routes` and every one of `proxies`."""
-        self._keep_only(routes, proxies)
+        """Ask every distinct metrics address of `routes`, every one of `proxies` and of the gateways."""
+        self._keep_only(routes, (*proxies, *self._gateways))
         for target in self._targets.values():
             if target.task is None or target.task.done():
                 target.task = asyncio.create_task(self._scrape(target))

@@ -58,7 +58,6 @@ def routes() -> dict[RouteId, DesiredRoute]:
 async def test_what_envoy_shows_of_istios_clusters_is_found(tmp_path: Path, tags: Mapping[str, Any]) -> None:
     """No requests yet: every arrival and every endpoint is a fresh 0, none is absent, and other hosts are not asked."""
     require_envoy()
-    source = ScrapeSignals(MonotonicClock(), timeout_s=20.0)
 
     def bootstrap(admin: Address) -> dict[str, Any]:
         nothing = {"route_config": {"virtual_hosts": [{"name": "none", "domains": ["*"]}]}}
@@ -66,10 +65,11 @@ async def test_what_envoy_shows_of_istios_clusters_is_found(tmp_path: Path, tags
         return {**base(admin, "gw"), **tags, "static_resources": resources}
 
     async with EnvoyProcess(tmp_path, bootstrap) as envoy:
-        proxies = (envoy.admin_url.removeprefix("http://"),)
+        gateways = (envoy.admin_url.removeprefix("http://"),)
+        source = ScrapeSignals(MonotonicClock(), timeout_s=20.0, gateways=gateways)
         for _ in range(2):
-            observed = await source.poll(routes(), proxies, 30.0)
-    await source.stop()
+            observed = await source.poll(routes(), (), 30.0)
+        await source.stop()
     assert observed.problems == ()
     values = {name: {s: v.value for s, v in found.arrivals_rps.items()} for name, found in observed.routes.items()}
     assert values[SIZED] == {"small": 0.0, "large": None, DEFAULT_CLASS: None}
