@@ -69,9 +69,9 @@ _FEW = 100
 class ScrapeSignals:
     """ports.SignalSource that asks the sources themselves.
 
-    `exporters` are further ``host:port`` pages of the servers' kind: DCGM's, which are no endpoint's own; `gateways` are
-    admin addresses of proxies that do not tell theirs (those that istiod configures). Raises InputError when a window
-    or time-out is not above 0.
+    `exporters` are further ``host:port`` pages of the servers' kind: DCGM's, which are no endpoint's own; `gateways`
+    are admin addresses of proxies that do not tell theirs (those that istiod configures). Raises InputError when a
+    window or time-out is not above 0.
     """
 
     def __init__(
