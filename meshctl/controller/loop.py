@@ -140,6 +140,7 @@ class Loop:
             dataplane=self._actuator.status(),
             gateways=self._gateways.count,
             failures=tuple(self._failures[name] for name in sorted(self._failures)),
+            leading=self._replicas is None or self._replicas.leading(),
             reconciles=self._reconciles,
         )
 

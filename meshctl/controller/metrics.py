@@ -75,12 +75,16 @@ def _controller_metrics(state: State) -> Iterator[Metric]:
     for source, found in state.problems().items():
         problems.add_metric([source], len(found))
     yield problems
+    yield GaugeMetricFamily("meshctl_leading", "1 when this replica writes to the cluster.", value=state.leading)
     proxies = state.dataplane.proxies
     yield GaugeMetricFamily("meshctl_proxies_connected", "Proxies connected.", value=len(proxies))
     synced = sum(proxy.synced for proxy in proxies)
     yield GaugeMetricFamily("meshctl_proxies_synced", "Proxies that acknowledged everything.", value=synced)
     quarantined = len(state.dataplane.quarantined)
     yield GaugeMetricFamily("meshctl_routes_quarantined", "Routes whose newest state was refused.", value=quarantined)
+    waiting, conflicts = len(state.dataplane.waiting), len(state.dataplane.conflicts)
+    yield GaugeMetricFamily("meshctl_routes_waiting", "Routes not yet in force as decided.", value=waiting)
+    yield GaugeMetricFamily("meshctl_routes_conflicting", "Routes that somebody else changed.", value=conflicts)
 
 
 def _route_metrics(state: State) -> Iterator[Metric]:

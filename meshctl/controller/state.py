@@ -29,7 +29,9 @@ class State:
     """Proxies that the last decision counted with."""
     failures: tuple[Problem, ...]
     """What the controller itself could not do just now (decide, apply, checkpoint, ...); empty when healthy."""
-    reconciles: int
+    leading: bool = True
+    """This replica may write to the cluster; without a Lease always."""
+    reconciles: int = 0
     """How many reconciles have finished, failed ones too; a reader can wait for the next."""
 
     def problems(self) -> dict[str, tuple[Problem, ...]]:

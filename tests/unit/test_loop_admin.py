@@ -134,6 +134,7 @@ async def test_metrics_follow_the_plan_and_forget_what_is_gone(served: Served) -
     assert response.content_type == "text/plain"
     weights = served.loop.state().plan.routes[RouteId("demo/bert")].weights["small"]
     for endpoint, weight in weights.items():
+        assert "meshctl_leading 1.0" in text
         assert f'meshctl_weight{{endpoint="{endpoint}",route="demo/bert",size="small"}} {weight:.1f}' in text
     assert 'meshctl_decisions_total{outcome="crashed"} 0.0' in text
     served.source.put(routes(desired_route()))
