@@ -49,7 +49,7 @@ class Status(StrEnum):
 
 
 INVALID_INPUT = "InvalidInput"
-CONFLICT = "ForeignChange"
+FOREIGN_CHANGE = "ForeignChange"
 PENDING = "Pending"
 NOT_CONFIRMED = "NotConfirmed"
 
@@ -171,7 +171,7 @@ def _programmed(plan: RoutePlan, dataplane: DataPlaneStatus) -> Condition:
     if refused is not None:
         return condition(Status.FALSE, ReasonCode.QUARANTINED, f"the newest state was refused: {refused}")
     if spec.id in dataplane.conflicts:
-        return condition(Status.FALSE, CONFLICT, "nothing is written while the conflict lasts")
+        return condition(Status.FALSE, FOREIGN_CHANGE, "nothing is written while the conflict lasts")
     waiting = dataplane.waiting.get(spec.id)
     if waiting is not None:
         return condition(Status.FALSE, PENDING, f"not in force yet: {waiting}")
@@ -189,7 +189,7 @@ def _programmed(plan: RoutePlan, dataplane: DataPlaneStatus) -> Condition:
 def _conflict(plan: RoutePlan, dataplane: DataPlaneStatus) -> Condition:
     said = dataplane.conflicts.get(plan.route.spec.id)
     if said is not None:
-        return Condition(ConditionType.CONFLICT, Status.TRUE, CONFLICT, said)
+        return Condition(ConditionType.CONFLICT, Status.TRUE, FOREIGN_CHANGE, said)
     return Condition(ConditionType.CONFLICT, Status.FALSE, "NoConflict", "nobody else owns or changed its objects")
 
 
@@ -201,8 +201,8 @@ def _ready(plan: RoutePlan, resolved: Condition, programmed: Condition) -> Condi
         return condition(Status.FALSE, resolved.reason, resolved.message)
     if plan.drained.issuperset(endpoint.id for endpoint in plan.route.endpoints):
         return condition(Status.FALSE, ReasonCode.ALL_DRAINED, "every endpoint fails or hangs")
-    if programmed.reason == CONFLICT:
-        return condition(Status.FALSE, CONFLICT, "served as the live objects say, not as decided: see Conflict")
+    if programmed.reason == FOREIGN_CHANGE:
+        return condition(Status.FALSE, FOREIGN_CHANGE, "served as the live objects say, not as decided: see Conflict")
     if programmed.status is not Status.TRUE and programmed.reason != NOT_CONFIRMED:
         return condition(programmed.status, programmed.reason, programmed.message)
     without = _without(plan)

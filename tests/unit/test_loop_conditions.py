@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import pytest
 
-from meshctl.controller.conditions import ConditionType, Status, conditions, unusable
+from meshctl.controller.conditions import (
+    FOREIGN_CHANGE,
+    INVALID_INPUT,
+    NOT_CONFIRMED,
+    PENDING,
+    ConditionType,
+    Status,
+    conditions,
+    unusable,
+)
 from meshctl.core.decide import Memory, decide
 from meshctl.model import (
     DataPlaneStatus,
@@ -28,7 +38,7 @@ from tests.harness.controller import desired_route, routes
 
 NOW_S = 100.0
 SYNCED = DataPlaneStatus((ProxyStatus("a", "", synced=True),))
-PENDING = DataPlaneStatus((ProxyStatus("a", "", synced=True), ProxyStatus("b", "", synced=False)))
+ONE_IS_LATE = DataPlaneStatus((ProxyStatus("a", "", synced=True), ProxyStatus("b", "", synced=False)))
 REFUSED = DataPlaneStatus((ProxyStatus("a", "", synced=True),), quarantined={RouteId("demo/resnet"): "bad [weight]"})
 
 
@@ -85,7 +95,7 @@ def _meshed(**told: Any) -> dict[str, Any]:
         pytest.param({"dataplane": DataPlaneStatus()},
                      {PROGRAMMED: (Status.UNKNOWN, "NoProxies"), READY: (Status.UNKNOWN, "NoProxies")},
                      id="no proxy"),
-        pytest.param({"dataplane": PENDING}, {PROGRAMMED: (Status.FALSE, "Pending"), READY: (Status.FALSE, None)},
+        pytest.param({"dataplane": ONE_IS_LATE}, {PROGRAMMED: (Status.FALSE, "Pending"), READY: (Status.FALSE, None)},
                      id="one proxy has not answered"),
         pytest.param({"dataplane": REFUSED},
                      {PROGRAMMED: (Status.FALSE, "Quarantined"), READY: (Status.FALSE, "Quarantined")}, id="refused"),
@@ -134,6 +144,13 @@ def test_a_conflict_is_told_in_the_writers_words_and_what_is_served_meanwhile() 
     found = {c.type: c for c in conditions(case["plan"], FRESH, case["dataplane"], [], NOW_S)}
     assert found[CONFLICT].message == "kubectl-edit changed spec.http"
     assert "served as the live objects say" in found[READY].message
+
+
+def test_every_condition_and_its_causes_are_documented() -> None:
+    """docs/reference/status.md has each condition, and each reason that is not the name of a good state."""
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "status.md").read_text()
+    causes = {INVALID_INPUT, FOREIGN_CHANGE, PENDING, NOT_CONFIRMED, ReasonCode.QUARANTINED, ReasonCode.ALL_DRAINED}
+    assert sorted(name for name in {*ConditionType, *causes} if f"`{name}`" not in text) == []
 
 
 def test_ready_names_the_endpoints_that_get_no_requests() -> None:
