@@ -142,6 +142,7 @@ class IstioWriter:
         if new or gone or not self._planned:
             self._planned = True
             self._woken.set()
+            self._publish()  # what is new is not in force: nobody may read the status of before as if it were
         return changed
 
     def status(self) -> DataPlaneStatus:
@@ -418,7 +419,7 @@ class IstioWriter:
 
     def _current_status(self) -> DataPlaneStatus:
         proxies = self._confirmation.proxies()
-        if not self._led:
+        if not self._leading():
             return DataPlaneStatus(proxies)
         missing = self._missing()
         quarantined, waiting, conflicts = {}, {}, {}
