@@ -1,0 +1,135 @@
+"""deploy/ on the real API server: it applies, its pods pass the strictest pod security, and its account may do what the
+controller does and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+import typer
+from ruamel.yaml import YAML
+
+from meshctl.adapters.kubernetes.kinds import ISTIO, KINDS, MANDATORY, OPTIONAL
+from meshctl.cli.app import app
+from tests.cluster.cluster import Cluster, KubectlError
+
+pytestmark = pytest.mark.cluster
+DEPLOY = Path(__file__).parents[2] / "deploy"
+NAMESPACE, ACCOUNT = "meshctl-system", "meshctl-system/meshctl"
+
+WATCH = {"list", "watch"}
+WRITE = {"get", "create", "patch", "delete"}
+NEEDED: dict[str, set[str]] = {
+    "modelroutes.meshctl.io": WATCH,
+    "modelprofiles.meshctl.io": WATCH,
+    "modelroutes/status.meshctl.io": {"patch"},
+    "modelprofiles/status.meshctl.io": {"patch"},
+    "services": WATCH,
+    "pods": WATCH,
+    "nodes": WATCH,
+    "endpointslices.discovery.k8s.io": WATCH,
+    "events.events.k8s.io": {"create"},
+    "gateways.networking.istio.io": WATCH,
+    "virtualservices.networking.istio.io": WATCH | WRITE,
+    "destinationrules.networking.istio.io": WATCH | WRITE,
+    "serviceentries.networking.istio.io": WATCH | WRITE,
+}
+"""RESOURCE.GROUP -> verbs, in every namespace."""
+LEASES = {"leases.coordination.k8s.io": {"create", "get", "update"}}
+"""In its own namespace, on top; all but create only on the one called meshctl."""
+
+
+@pytest.fixture(scope="module")
+def deployed(cluster: Cluster) -> str:
+    """What kubectl said when deploy/ was applied, errors and warnings too."""
+    rendered = cluster.kubectl_now("kustomize", str(DEPLOY))
+    return cluster.kubectl_now("apply", "--server-side", "--force-conflicts", "--filename=-", stdin=rendered)
+
+
+async def test_it_applies_and_its_pods_are_let_in(deployed: str, cluster: Cluster) -> None:
+    """The namespace enforces the restricted pod security standard, which a pod of the Deployment's passes."""
+    assert "deployment.apps/meshctl serverside-applied" in deployed
+    deployment = await cluster.get("deployment", "meshctl", "--namespace", NAMESPACE)
+    template = deployment["spec"]["template"]
+    pod = {"apiVersion": "v1", "kind": "Pod", **template, "metadata": {**template["metadata"], "name": "one"}}
+    await _let_in(cluster, pod)
+    del pod["spec"]["securityContext"]
+    with pytest.raises(KubectlError, match="PodSecurity"):
+        await _let_in(cluster, pod)
+
+
+async def test_its_account_may_do_what_is_needed_and_nothing_else(deployed: str, cluster: Cluster) -> None:
+    """Every verb of every rule, as the API server sees them for a token of the account, beyond what every account has."""
+    elsewhere = await cluster.namespace()
+    every = await _allowed(cluster, await cluster.kubeconfig_for(f"{elsewhere}/default"), elsewhere)
+    ours = await cluster.kubeconfig_for(ACCOUNT)
+    assert not every.keys() & {*NEEDED, *LEASES}
+    assert await _allowed(cluster, ours, elsewhere) == {**NEEDED, **every}
+    assert await _allowed(cluster, ours, NAMESPACE) == {**NEEDED, **LEASES, **every}
+
+
+@pytest.mark.parametrize(
+    "forbidden",
+    [
+        ("get", "secrets", "--all-namespaces"),
+        ("delete", "modelroute", "some", "--namespace=default"),
+        ("annotate", "namespace", "default", "a=b"),
+        ("get", "lease", "other", f"--namespace={NAMESPACE}"),
+        ("get", "lease", "meshctl", "--namespace=default"),
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+async def test_the_rest_is_forbidden(forbidden: tuple[str, ...], deployed: str, cluster: Cluster) -> None:
+    """Asked for real, not only listed."""
+    kubeconfig = await cluster.kubeconfig_for(ACCOUNT)
+    with pytest.raises(KubectlError, match="Forbidden"):
+        await cluster.kubectl(*forbidden, kubeconfig=kubeconfig)
+
+
+def test_everything_that_is_watched_may_be_watched() -> None:
+    """A new kind in the store must come into deploy/rbac.yaml (and into the table here)."""
+    assert all(NEEDED[KINDS[name].resource] >= WATCH for name in (*MANDATORY, *OPTIONAL, *ISTIO))
+
+
+def test_the_container_starts_meshctl_with_options_that_it_has() -> None:
+    """And probes and Services meet the ports that it is told to listen on."""
+    deployment = _documents("deployment.yaml")[0]
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    command, *arguments = container["args"]
+    group: Any = typer.main.get_command(app)
+    context = group.get_command(None, command).make_context(command, arguments)
+    assert (context.params["istio"], context.params["lease"]) == (True, "$(NAMESPACE)/meshctl")
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert [context.params[name] for name in ("xds", "admin")] == [f"0.0.0.0:{ports[n]}" for n in ("xds", "admin")]
+    (service,) = _documents("service.yaml")
+    assert {port["targetPort"]: port["port"] for port in service["spec"]["ports"]} == ports
+
+
+async def _let_in(cluster: Cluster, pod: dict[str, Any]) -> None:
+    """Raises KubectlError when the API server would not take it."""
+    command = ("create", "--filename=-", "--dry-run=server", "--namespace", NAMESPACE)
+    await cluster.kubectl(*command, stdin=orjson.dumps(pod).decode())
+
+
+def _documents(name: str) -> list[Any]:
+    with (DEPLOY / name).open() as stream:
+        return list(YAML(typ="safe").load_all(stream))
+
+
+async def _allowed(cluster: Cluster, kubeconfig: Path, namespace: str) -> dict[str, set[str]]:
+    """RESOURCE.GROUP -> verbs that the holder of `kubeconfig` has in `namespace`."""
+    review = {
+        "apiVersion": "authorization.k8s.io/v1",
+        "kind": "SelfSubjectRulesReview",
+        "spec": {"namespace": namespace},
+    }
+    command = ("create", "--filename=-", "--output=json", "--validate=false")
+    said = await cluster.kubectl(*command, stdin=orjson.dumps(review).decode(), kubeconfig=kubeconfig)
+    allowed: dict[str, set[str]] = {}
+    for rule in orjson.loads(said)["status"]["resourceRules"]:
+        for group in rule["apiGroups"]:
+            for resource in rule["resources"]:
+                allowed.setdefault(f"{resource}.{group}".rstrip("."), set()).update(rule["verbs"])
+    return allowed
