@@ -76,7 +76,7 @@ Same = Callable[[KubeObject, KubeObject | None], bool]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Writes that may be done now, in this order; or what has to be confirmed first. Nothing at all: it is done."""
+    """Writes that may be done now, in any order; or what has to be confirmed first. Nothing at all: it is done."""
 
     apply: tuple[KubeObject, ...] = ()
     delete: tuple[KubeObject, ...] = ()

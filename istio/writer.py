@@ -15,17 +15,17 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
-from typing import Any
 
 import structlog
 
 from istio.analyze import ISTIO_KINDS, Known, Severity, check
 from istio.confirm import Confirmation
-from istio.disputes import Disputes, Judgement
+from istio.disputes import FREE, Disputes, Judgement
 from istio.mirror import Mirror
 from istio.names import OURS, VIRTUAL_SERVICE, key_of
 from istio.ownership import managed, others_fields, same, version_of
@@ -43,7 +43,7 @@ any one object is left alone."""
 BURST_S = 1.0
 """A burst ends after so long even if there is more to write."""
 CONCURRENCY = 8
-"""Routes that are written at once; the writes of one route come one after the other."""
+"""Writes at once. Those of one step may come in any order (tests/property/test_istio_steps.py)."""
 LOOKS = 100
 """Routes looked at in one turn: what they cost delays the loop that decides."""
 COALESCE_S = 0.02
@@ -87,7 +87,7 @@ class _Route:
 
 @dataclass(frozen=True, slots=True)
 class _Writes:
-    """What to do now for one route, in this order."""
+    """What to do now for one route, all at once."""
 
     route: RouteId
     apply: tuple[tuple[KubeObject, Judgement], ...]
@@ -315,31 +315,36 @@ class IstioWriter:
         self._retarget(route, state, live, now_s)
         if not state.targeted or (state.plan is None and state.waiting):
             return None
-        for value in () if state.target is None else _all(state.target):
-            if self._same(value, live.get(key_of(value))):
-                self._disputes.agreed(value)
+        judged = self._judged(route, state, live, now_s)
+        state.conflict = next((judgement.conflict for judgement in judged.values() if judgement.conflict), "")
         step = next_step(state.target, live, state.history, confirmed, self._same)
         if step.done:
             state.refused.clear()
             return None
         state.awaits, state.waiting = step.awaits, f"waits for {step.why}" if step.why else "being written"
-        apply = self._admitted(route, state, step, now_s)
+        apply = tuple(self._admitted(state, step, judged, now_s))
         return _Writes(route, apply, step.delete) if apply or step.delete else None
 
+    def _judged(self, route: RouteId, state: _Route, live: Live, now_s: float) -> Mapping[ObjectKey, Judgement]:
+        """Of every wanted object that is not live as it should be: whether it may be written."""
+        judged = {}
+        for value in () if state.target is None else _all(state.target):
+            key = key_of(value)
+            if self._same(value, live.get(key)):
+                self._disputes.agreed(value)
+            else:
+                judged[key] = self._disputes.judge(route, value, self._objects.find(key), now_s)
+        return judged
+
     def _admitted(
-        self, route: RouteId, state: _Route, step: Step, now_s: float
-    ) -> tuple[tuple[KubeObject, Judgement], ...]:
+        self, state: _Route, step: Step, judged: Mapping[ObjectKey, Judgement], now_s: float
+    ) -> Iterator[tuple[KubeObject, Judgement]]:
         """Of what the step would apply, that which nobody and nothing speaks against."""
-        admitted = []
         for value in step.apply:
             refused = state.refused.get(key_of(value))
-            if refused is not None and refused[0] == value and now_s < refused[2]:
-                continue
-            judgement = self._disputes.judge(route, value, self._objects.find(key_of(value)), now_s)
-            state.conflict = state.conflict or judgement.conflict
-            if not judgement.conflict:
-                admitted.append((value, judgement))
-        return tuple(admitted)
+            judgement = judged.get(key_of(value), FREE)
+            if not judgement.conflict and (refused is None or refused[0] != value or now_s >= refused[2]):
+                yield value, judgement
 
     # -------------------------------------------------------------------------------------------------------- writing
 
@@ -348,44 +353,35 @@ class IstioWriter:
         limit, loop = asyncio.Semaphore(CONCURRENCY), asyncio.get_running_loop()
         end_s, failures = loop.time() + BURST_S, self._failures
 
-        async def one(due: _Writes) -> None:
+        async def one(state: _Route, value: KubeObject, write: Callable[[], Awaitable[None]]) -> None:
             async with limit:
-                self._dirty[due.route] = None
-                if loop.time() < end_s and self._failures == failures:
-                    await self._write(due)
+                if loop.time() < end_s and self._failures == failures and self._leading():
+                    await self._attempt(state, value, write)
 
-        await asyncio.gather(*[one(due) for due in writes])
+        tasks = []
+        for due in writes:
+            self._dirty[due.route] = None
+            state = self._routes[due.route]
+            tasks += [one(state, value, partial(self._apply, value, judgement)) for value, judgement in due.apply]
+            tasks += [one(state, value, partial(self._delete, value)) for value in due.delete]
+        await asyncio.gather(*tasks)
 
-    async def _write(self, due: _Writes) -> None:
-        state = self._routes[due.route]
-        for value, judgement in due.apply:
-            if not await self._attempt(state, value, self._apply(value, judgement)):
-                return
-        for value in due.delete:
-            if not await self._attempt(state, value, self._delete(value)):
-                return
-
-    async def _attempt(self, state: _Route, value: KubeObject, write: Coroutine[Any, Any, None]) -> bool:
-        """Whether the write was done, and the next one may follow."""
-        key, now_s = key_of(value), self._clock.now_s()
-        if not self._leading():
-            write.close()
-            return False
+    async def _attempt(self, state: _Route, value: KubeObject, write: Callable[[], Awaitable[None]]) -> None:
+        """One write, and what its failure means."""
+        key = key_of(value)
         try:
-            await write
+            await write()
         except FieldConflictError as error:
-            self._disputes.lost(value, str(error), now_s)
+            self._disputes.lost(value, str(error), self._clock.now_s())
             log.warning("conflict", object=str(key), error=str(error))
         except RefusedError as error:
-            state.refused[key] = (value, str(error), now_s + REFUSED_S)
+            state.refused[key] = (value, str(error), self._clock.now_s() + REFUSED_S)
             log.warning("refused", object=str(key), error=str(error))
         except UnavailableError as error:
             self._back_off(str(error))
         else:
             self._failures, self._trouble = 0, ""
             state.refused.pop(key, None)
-            return True
-        return False
 
     async def _apply(self, value: KubeObject, judgement: Judgement) -> None:
         live = self._objects.find(key_of(value))
