@@ -61,7 +61,7 @@ async def test_it_applies_and_its_pods_are_let_in(deployed: str, cluster: Cluste
 
 
 async def test_its_account_may_do_what_is_needed_and_nothing_else(deployed: str, cluster: Cluster) -> None:
-    """Every verb of every rule, as the API server sees them for a token of the account, beyond what every account has."""
+    """Every verb of every rule, as the API server sees them for its token, beyond what every account has."""
     elsewhere = await cluster.namespace()
     every = await _allowed(cluster, await cluster.kubeconfig_for(f"{elsewhere}/default"), elsewhere)
     ours = await cluster.kubeconfig_for(ACCOUNT)
