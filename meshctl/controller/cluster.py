@@ -11,9 +11,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
-from istio.writer import IstioWriter
-
 from istio.confirm import Confirmation, Elapsed, Istiod
+from istio.writer import IstioWriter
 from meshctl.adapters.kubernetes.client import Client, connect
 from meshctl.adapters.kubernetes.lease import Lease
 from meshctl.adapters.kubernetes.source import KubernetesSource
