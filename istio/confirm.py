@@ -89,6 +89,7 @@ class Elapsed:
     def __init__(self, clock: Clock, settle_s: float = 2.0) -> None:
         self._clock, self._settle_s = clock, settle_s
         self._since: dict[Written, float] = {}
+        self._told: Collection[Written] = frozenset()
         self._changed = asyncio.Event()
 
     def start(self) -> None:
@@ -107,14 +108,14 @@ class Elapsed:
         return ()
 
     async def wait_changed(self) -> None:
-        """Returns when the next one is due; at `watch` only the time to wait for changes."""
-        known = self.confirmed()
-        while self.confirmed() == known:
+        """Returns when one became due since the last time."""
+        while (confirmed := self.confirmed()) == self._told:
             now_s = self._clock.now_s()
-            due = [s + self._settle_s - now_s for w, s in self._since.items() if w not in known]
+            due = [since_s + self._settle_s - now_s for w, since_s in self._since.items() if w not in confirmed]
             self._changed.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), max(0.01, min(due)) if due else None)
+        self._told = confirmed
 
     async def stop(self) -> None:
         """Nothing to do."""
@@ -281,7 +282,7 @@ class Istiod:
             urls = sorted({url for found in replicas for url in found})
             headers = {} if self._token is None else {"Authorization": f"Bearer {self._token.read_text().strip()}"}
             looks = await asyncio.gather(*[_ask(session, url, headers, everything=everything) for url in urls])
-        except (OSError, TimeoutError, aiohttp.ClientError, ValueError, KeyError, TypeError) as error:
+        except (OSError, aiohttp.ClientError, ValueError, LookupError, TypeError, AttributeError) as error:
             self.problem = (
                 f"istiod ({', '.join(self._urls)}) can't be asked what the gateways know: "
                 f"{error or type(error).__name__}; weights go on changing, all else waits"
