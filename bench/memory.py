@@ -47,8 +47,8 @@ async def measure_memory(report: Report, directory: Path, routes: int = ROUTES) 
             progress(f"{routes} routes acknowledged after {synced_s:.0f} s; watching for {SETTLED_S:.0f} s")
             await asyncio.sleep(SETTLED_S)  # a measurement's length, not a wait for something
             await _synced(controller, routes)
-            size, highest = _memory_mb(controller.process.pid)
-            envoy_mb, _ = _memory_mb(envoy.pid)
+            size, highest = memory_mb(controller.process.pid)
+            envoy_mb, _ = memory_mb(envoy.pid)
     what = f"{routes} routes x {ENDPOINTS} endpoints, one Envoy of {envoy_mb:.0f} MB, scrape"
     report.add(
         Figure("controller, resident", size, "MB", at_most(TARGET_MB), what),
@@ -102,7 +102,7 @@ async def _synced(controller: RunProcess, routes: int) -> float:
             await asyncio.sleep(0.5)  # its API is all there is to wait on
 
 
-def _memory_mb(pid: int) -> tuple[float, float]:
+def memory_mb(pid: int) -> tuple[float, float]:
     """Resident size now and at its highest, in MB (10**6 bytes)."""
     lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
     now, highest = (int(lines[key].split()[0]) * 1024 / 1e6 for key in ("VmRSS", "VmHWM"))
