@@ -83,16 +83,19 @@ class ApiProxy:
         """The watches that are open now are told nothing more, but for what is said here."""
         self._deaf |= set(self._streams)
 
+    async def _cut(self, _: web.Application) -> None:
+        self.cut()
+
     async def down(self) -> None:
         """Connections are cut and refused from here on."""
-        self.cut()
         await self._runner.cleanup()
 
     async def up(self) -> None:
         """At the same address as before."""
         application = web.Application(client_max_size=1 << 24)
         application.router.add_route("*", "/{path:.*}", self._handle)
-        self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
+        application.on_shutdown.append(self._cut)
+        self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=2.0)
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True)
         await site.start()
@@ -122,11 +125,11 @@ class ApiProxy:
 
     async def _stream(self, what: str, request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
-        await response.prepare(request)
         queue: asyncio.Queue[bytes | None] = asyncio.Queue()
         self._streams[queue] = what
         pump = asyncio.create_task(self._pump(upstream, queue))
         try:
+            await response.prepare(request)
             while (chunk := await queue.get()) is not None:
                 await response.write(chunk)
             if request.transport is not None and not pump.done():

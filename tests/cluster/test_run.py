@@ -12,7 +12,7 @@ import orjson
 import pytest
 
 from tests.cluster.cluster import Cluster
-from tests.cluster.world import NAME, World, decisions, world
+from tests.cluster.world import LEASE, NAME, World, decisions, world
 from tests.harness.tools import DEADLINE_S, until
 
 pytestmark = pytest.mark.cluster
@@ -82,18 +82,18 @@ async def test_what_somebody_else_changes_is_left_alone_until_it_is_taken_back(
         await here.apply()
         async with here.confirming() as controller:
             await here.until_condition("Ready", "True")
-            ours = (await here.get("virtualservice"))["spec"]["http"]
+            ours = (await here.get("VirtualService"))["spec"]["http"]
             edited = [*ours[:-1], {**ours[-1], "timeout": "7s"}]
-            await here.patch(_json({"spec": {"http": edited}}), kind="virtualservice", manager="kubectl-edit")
+            await here.patch(_json({"spec": {"http": edited}}), kind="VirtualService", manager="kubectl-edit")
             await here.until_condition("Conflict", "True")
             await here.patch('{"spec": {"timeout": "20s"}}')
             await decisions(controller, 8)
-            assert (await here.get("virtualservice"))["spec"]["http"] == edited
+            assert (await here.get("VirtualService"))["spec"]["http"] == edited
             await here.served()
             await _meshctl(cluster, "resume", f"{here.namespace}/{NAME}")
             await here.until_condition("Conflict", "False")
             await here.until_condition("Ready", "True")
-            taken = (await here.get("virtualservice"))["spec"]["http"]
+            taken = (await here.get("VirtualService"))["spec"]["http"]
     assert {rule["timeout"] for rule in taken} == {"20s"}
 
 
@@ -123,7 +123,7 @@ async def test_a_replica_takes_over_from_a_killed_one_and_moves_nothing(cluster:
     and then the other replica writes it."""
     async with world(cluster, tmp_path) as here:
         await here.apply()
-        lease = ("--lease", f"{here.namespace}/meshctl")
+        lease = ("--lease", LEASE)
         async with here.confirming(*lease) as first:
             await here.until_condition("Ready", "True")
             async with here.confirming(*lease) as second:
@@ -145,7 +145,7 @@ async def _until_timeout(here: World, timeout: str) -> float:
     began_s = time.monotonic()
 
     async def live() -> bool:
-        return {rule["timeout"] for rule in (await here.get("virtualservice"))["spec"]["http"]} == {timeout}
+        return {rule["timeout"] for rule in (await here.get("VirtualService"))["spec"]["http"]} == {timeout}
 
     await until(live, f"the VirtualService says {timeout}")
     return time.monotonic() - began_s

@@ -15,15 +15,22 @@ from typing import Any
 
 import aiohttp
 
+from meshctl.adapters.kubernetes.client import Client, connect
+from meshctl.ports import ObjectKey
 from tests.cluster.cluster import GATEWAY, Cluster
 from tests.harness import manifests
 from tests.harness.controller import RunProcess, run_with
+from tests.harness.controller import api as admin_api
 from tests.harness.envoy import Backends, Outcome, load, request
 from tests.harness.tools import until
 
 NAME = "resnet"
-ISTIO_KINDS = "virtualservices,destinationrules,serviceentries"
+ISTIO_KINDS = ("VirtualService", "DestinationRule", "ServiceEntry")
 TICK = ("--tick", "250ms")
+DEPLOY = Path(__file__).parents[2] / "deploy"
+ACCOUNT = "meshctl-system/meshctl"
+LEASE = ACCOUNT
+"""The only one that the account may hold."""
 GPUS = ("V100", "T4", "P100")
 
 
@@ -32,9 +39,12 @@ class World:
     """A namespace with the route `NAME` over `backends`, each on a GPU product of its own."""
 
     cluster: Cluster
+    api: Client
     namespace: str
     backends: Backends
     directory: Path
+    account: Path
+    """Kubeconfig of the controller's own account: it may do what deploy/rbac.yaml says and nothing else."""
     runs: int = 0
 
     @property
@@ -53,12 +63,12 @@ class World:
             found.append({"address": address, "port": int(port), "gpu": GPUS[index]})
         return found
 
-    def route(self, **spec: Any) -> dict[str, Any]:
+    def route(self, name: str = NAME, **spec: Any) -> dict[str, Any]:
         """The manifest; `spec` on top."""
         backend = {"endpoints": self.endpoints()}
         sizes = {"classes": [{"name": "small", "min": 1, "max": 4}, {"name": "large", "min": 5, "max": 64}]}
         base = {"hosts": [self.host], "gateways": [GATEWAY], "expectedLoad": 10, "requestSize": sizes, "warmUp": "0s"}
-        made = manifests.route(NAME, **{"backend": backend, **base, **spec})
+        made = manifests.route(name, **{"backend": backend, **base, **spec})
         made["metadata"]["namespace"] = self.namespace
         return made
 
@@ -79,30 +89,51 @@ class World:
 
     # ---------------------------------------------------------------------------------------------------- what holds
 
-    async def get(self, kind: str = "modelroute") -> dict[str, Any]:
-        found: dict[str, Any] = await self.cluster.get(kind, NAME, f"--namespace={self.namespace}")
-        return found
+    async def get(self, kind: str = "ModelRoute", name: str = NAME) -> dict[str, Any]:
+        """The object; empty when there is none."""
+        return await self.api.get(ObjectKey(kind, self.namespace, name)) or {}
 
-    async def conditions(self) -> dict[str, tuple[str, str]]:
+    async def conditions(self, name: str = NAME) -> dict[str, tuple[str, str]]:
         """Type -> (status, reason) of the route."""
-        status = (await self.get()).get("status") or {}
+        status = (await self.get(name=name)).get("status") or {}
         return {c["type"]: (c["status"], c["reason"]) for c in status.get("conditions", ())}
 
-    async def until_condition(self, type_: str, status: str, reason: str = "") -> None:
+    async def message(self, type_: str, name: str = NAME) -> str:
+        """What a condition of the route says to people."""
+        status = (await self.get(name=name)).get("status") or {}
+        return next((str(c["message"]) for c in status.get("conditions", ()) if c["type"] == type_), "")
+
+    async def until_condition(self, type_: str, status: str, reason: str = "", name: str = NAME) -> None:
         async def holds() -> bool:
-            found = (await self.conditions()).get(type_, ("", ""))
+            found = (await self.conditions(name)).get(type_, ("", ""))
             return found[0] == status and reason in ("", found[1])
 
         try:
             await until(holds, f"{type_} is {status} {reason}")
         except AssertionError as late:
             logs = "\n".join(p.read_text()[-3000:] for p in sorted(self.directory.glob("run-*.log")))
-            raise AssertionError(f"{late}: {await self.conditions()}\n{logs}") from late
+            raise AssertionError(f"{late}: {await self.conditions(name)}\n{logs}") from late
 
     async def objects(self) -> dict[str, dict[str, Any]]:
         """``Kind/name`` -> object, of everything of Istio's in the namespace."""
-        items = (await self.cluster.get(ISTIO_KINDS, f"--namespace={self.namespace}"))["items"]
-        return {f"{i['kind']}/{i['metadata']['name']}": i for i in items}
+        return {
+            f"{kind}/{item['metadata']['name']}": item
+            for kind in ISTIO_KINDS
+            for item in (await self.api.list(kind, self.namespace)).items
+        }
+
+    async def istio_versions(self, kind: str = "") -> dict[str, str]:
+        """``Kind/name`` -> resourceVersion, of Istio's objects (of one kind)."""
+        found = {name: value["metadata"]["resourceVersion"] for name, value in (await self.objects()).items()}
+        return {name: version for name, version in found.items() if name.startswith(kind)}
+
+    async def weights(self) -> dict[str, dict[int, int]]:
+        """ServiceEntry -> weights by endpoint's port, as they are live."""
+        return {
+            name: {e["ports"]["http"]: e.get("weight", 1) for e in value["spec"].get("endpoints", ())}
+            for name, value in (await self.objects()).items()
+            if name.startswith("ServiceEntry/")
+        }
 
     async def versions(self) -> dict[str, str]:
         """``Kind/name`` -> resourceVersion, of Istio's objects and the route: nobody wrote where they are the same."""
@@ -126,9 +157,7 @@ class World:
         began_s = time.monotonic()
 
         async def live() -> bool:
-            entry = (await self.objects()).get(f"ServiceEntry/{NAME}.{size}.size")
-            endpoints = entry["spec"].get("endpoints", ()) if entry else ()
-            return holds({e["ports"]["http"]: e.get("weight", 1) for e in endpoints})
+            return holds((await self.weights()).get(f"ServiceEntry/{NAME}.{size}.size", {}))
 
         await until(live, what)
         return time.monotonic() - began_s
@@ -136,23 +165,25 @@ class World:
     # -------------------------------------------------------------------------------------------------- who serves it
 
     def controller(self, *options: str, kubeconfig: Path | None = None) -> AbstractAsyncContextManager[RunProcess]:
-        """A `meshctl run` for this namespace alone."""
+        """A `meshctl run` for this namespace alone, with the rights that deploy/ gives it."""
         self.runs += 1
-        where = ("--kubeconfig", str(kubeconfig or self.cluster.kubeconfig), "--namespace", self.namespace)
+        where = ("--kubeconfig", str(kubeconfig or self.account), "--namespace", self.namespace)
         return run_with(self.directory / f"run-{self.runs}.log", *where, "--istio", *TICK, *options)
 
-    def confirming(self, *options: str) -> AbstractAsyncContextManager[RunProcess]:
+    def confirming(self, *options: str, kubeconfig: Path | None = None) -> AbstractAsyncContextManager[RunProcess]:
         """One that asks istiod what the gateways acknowledged."""
-        return self.controller("--istiod", self.cluster.istiod_debug, *options)
+        return self.controller("--istiod", self.cluster.istiod_debug, *options, kubeconfig=kubeconfig)
 
 
 @asynccontextmanager
 async def world(cluster: Cluster, directory: Path, backends: int = 2) -> AsyncIterator[World]:
     """Nothing is applied yet. Its route is deleted in the end, so that the shared gateways forget it."""
     namespace = await cluster.namespace()
-    async with Backends(backends) as servers:
+    await cluster.apply(DEPLOY / "namespace.yaml", DEPLOY / "rbac.yaml")
+    account = await cluster.kubeconfig_for(ACCOUNT)
+    async with Backends(backends) as servers, connect(cluster.kubeconfig) as api:
         try:
-            yield World(cluster, namespace, servers, directory)
+            yield World(cluster, api, namespace, servers, directory, account)
         finally:
             await cluster.kubectl("delete", "namespace", namespace, "--wait=false")
 
@@ -172,3 +203,17 @@ async def decisions(controller: RunProcess, count: int) -> None:
             return await made() >= goal
 
         await until(reached, f"{count} more decisions")
+
+
+async def problems(controller: RunProcess, holds: Callable[[str], bool]) -> str:
+    """What the controller says is wrong, but for missing metrics, as soon as it is as `holds` says; "" when well."""
+    found = ""
+
+    def said(status: Any) -> bool:
+        nonlocal found
+        parts = [p for source, listed in status["problems"].items() if source != "signals" for p in listed]
+        found = "\n".join(f"{part['where']}: {part['message']}" for part in parts)
+        return holds(found)
+
+    await admin_api(controller, "status", said)
+    return found
