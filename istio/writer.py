@@ -14,11 +14,9 @@ Rejected: writing from `apply`. The loop would wait for the API server, and a sl
 from __future__ import annotations
 
 import asyncio
-import random
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import structlog
@@ -28,10 +26,10 @@ from istio.confirm import Confirmation
 from istio.disputes import FREE, Disputes, Judgement
 from istio.mirror import Mirror
 from istio.names import OURS, VIRTUAL_SERVICE, key_of
-from istio.ownership import managed, others_fields, same, version_of
+from istio.ownership import managed, same
 from istio.render import Rendered, render, weights_of
+from istio.sending import Sender, Writes
 from istio.steps import History, Live, Step, Written, next_step, observe
-from meshctl.errors import FieldConflictError, RefusedError, UnavailableError
 from meshctl.model import DataPlaneStatus, DesiredRoute, Plan, RouteId, RoutePlan, Weights
 from meshctl.ports import Clock, KubeObject, ObjectKey, Objects
 
@@ -40,20 +38,12 @@ log = structlog.get_logger(__name__)
 QUIET_S = 0.15
 """Between two bursts: istiod debounces 100 ms of quiet, and its watch may lag by some. Also more than the 100 ms that
 any one object is left alone."""
-BURST_S = 1.0
-"""A burst ends after so long even if there is more to write."""
-CONCURRENCY = 8
-"""Writes at once. Those of one step may come in any order (tests/property/test_istio_steps.py)."""
 LOOKS = 100
 """Routes looked at in one turn: what they cost delays the loop that decides."""
 COALESCE_S = 0.02
 """Between two turns: changes of other people's objects come in swarms."""
 TICK_S = 1.0
 """How often deadlines and leadership are looked at when nothing happens."""
-RETRY_S, RETRY_MAX_S = 0.2, 10.0
-"""Back-off while the API server does not answer, before jitter."""
-REFUSED_S = 600.0
-"""What was refused is tried again when it changes, or after so long: a missing permission may have been given."""
 RECHECK_S = 10.0
 """A finding may be about somebody else's object, which may have changed."""
 ROUTE_KIND = "ModelRoute"
@@ -72,8 +62,8 @@ class _Route:
     """There is a target; until then whatever is live stays."""
     history: History = ()
     awaits: tuple[Written, ...] = ()
-    refused: dict[ObjectKey, tuple[KubeObject, str, float]] = field(default_factory=dict)
-    """What the API server will not take, its words, and when it may be tried again."""
+    refusal: str = ""
+    """What the API server said against an object of the target."""
     finding: str = ""
     recheck_s: float = 0.0
     waiting: str = ""
@@ -82,16 +72,7 @@ class _Route:
     @property
     def held(self) -> bool:
         """Time may change what is to be done."""
-        return bool(self.conflict or self.finding or self.refused or (self.plan is None and self.history))
-
-
-@dataclass(frozen=True, slots=True)
-class _Writes:
-    """What to do now for one route, all at once."""
-
-    route: RouteId
-    apply: tuple[tuple[KubeObject, Judgement], ...]
-    delete: tuple[KubeObject, ...]
+        return bool(self.conflict or self.finding or self.refusal or (self.plan is None and self.history))
 
 
 class IstioWriter:
@@ -110,13 +91,11 @@ class IstioWriter:
         self._objects, self._confirmation, self._clock = objects, confirmation, clock
         self._existing, self._leading = routes, leading
         self._mirror, self._disputes, self._known = Mirror(objects), Disputes(), Known()
+        self._sender = Sender(objects, self._disputes, clock, leading)
         self._routes: dict[RouteId, _Route] = {}
         self._dirty: dict[RouteId, None] = {}
         """Routes to look at, in the order in which they came."""
         self._planned = self._led = False
-        self._mutated: dict[ObjectKey, tuple[KubeObject, str]] = {}
-        """What was written, and the version it became, where the API server made something else of it."""
-        self._failures, self._not_before_s, self._trouble = 0, 0.0, ""
         self._ticked_s = 0.0
         self._weights: dict[RouteId, tuple[DesiredRoute, Live, Weights | None]] = {}
         self._status = DataPlaneStatus()
@@ -249,17 +228,12 @@ class IstioWriter:
             self._weights[route] = kept
         return kept[2]
 
-    def _same(self, wanted: KubeObject, live: KubeObject | None) -> bool:
-        if same(wanted, live):
-            return True
-        mutated = live is not None and self._mutated.get(key_of(wanted)) == (wanted, version_of(live))
-        return mutated and live is not None and not others_fields(wanted, live)
-
     # ------------------------------------------------------------------------------------------------- what is to do
 
     async def _turn(self) -> None:
         """Look at what changed, and write what is to be written."""
-        pause_s = min(TICK_S, max(0.01, self._not_before_s - self._clock.now_s())) if self._trouble else TICK_S
+        back_off_s = self._sender.not_before_s - self._clock.now_s()
+        pause_s = min(TICK_S, max(COALESCE_S, back_off_s)) if self._sender.trouble else TICK_S
         with suppress(TimeoutError):
             await asyncio.wait_for(self._woken.wait(), pause_s)
         self._woken.clear()
@@ -267,7 +241,7 @@ class IstioWriter:
         self._refresh()
         if writes := self._due():
             self._publish()
-            await self._burst(writes)
+            await self._sender.burst(writes)
         self._publish()
         self._busy = False
         if writes:
@@ -276,7 +250,7 @@ class IstioWriter:
             self._woken.set()
         await asyncio.sleep(COALESCE_S)
 
-    def _due(self) -> list[_Writes]:
+    def _due(self) -> list[Writes]:
         now_s, led = self._clock.now_s(), self._leading()
         if led and not self._led:
             self._dirty |= dict.fromkeys(sorted(self._routes))
@@ -290,119 +264,71 @@ class IstioWriter:
             due += [route for route, state in self._routes.items() if state.held]
         self._dirty |= dict.fromkeys(due)
         looks = [(route, self._dirty.pop(route)) for route in list(self._dirty)[:LOOKS]]
-        found = [
-            self._look(route, self._routes[route], confirmed, now_s) for route, _ in looks if route in self._routes
-        ]
+        found = [self._looked(route, confirmed, now_s) for route, _ in looks if route in self._routes]
         self._confirmation.watch({w for state in self._routes.values() for w in state.awaits})
         return [writes for writes in found if writes is not None]
 
     def _ready(self) -> bool:
-        return self._led and not self._missing() and self._clock.now_s() >= self._not_before_s
+        return self._led and not self._missing() and self._clock.now_s() >= self._sender.not_before_s
 
     def _missing(self) -> str:
         """Why nothing can be written at all."""
         why = next((f"{kind}: {said}" for kind in OURS if (said := self._objects.missing(kind))), "")
         return f"Istio's objects are not known ({why}); are Istio's CRDs installed?" if why else ""
 
-    def _look(self, route: RouteId, state: _Route, confirmed: Collection[Written], now_s: float) -> _Writes | None:
+    def _looked(self, route: RouteId, confirmed: Collection[Written], now_s: float) -> Writes | None:
+        """`_look`; a fault of this program in one route stays with that route."""
+        state = self._routes[route]
+        try:
+            return self._look(route, state, confirmed, now_s)
+        except Exception as error:
+            log.exception("route can't be put in force", route=route)
+            state.finding, state.recheck_s = f"a fault of meshctl: {error!r}", now_s + RECHECK_S
+            return None
+
+    def _look(self, route: RouteId, state: _Route, confirmed: Collection[Written], now_s: float) -> Writes | None:
         """The writes to do now for one route; and what there is to say of it."""
         live = self._live(route, state)
         if state.plan is None and not live:
             del self._routes[route]
             return None
         state.history = self._observed(route, state, live, confirmed)
-        state.waiting, state.conflict, state.awaits = "", "", ()
+        state.waiting, state.conflict, state.refusal, state.awaits = "", "", "", ()
         self._retarget(route, state, live, now_s)
         if not state.targeted or (state.plan is None and state.waiting):
             return None
         judged = self._judged(route, state, live, now_s)
         state.conflict = next((judgement.conflict for judgement in judged.values() if judgement.conflict), "")
-        step = next_step(state.target, live, state.history, confirmed, self._same)
+        step = next_step(state.target, live, state.history, confirmed, self._sender.same)
         if step.done:
-            state.refused.clear()
             return None
         state.awaits, state.waiting = step.awaits, f"waits for {step.why}" if step.why else "being written"
-        apply = tuple(self._admitted(state, step, judged, now_s))
-        return _Writes(route, apply, step.delete) if apply or step.delete else None
+        apply = tuple(self._admitted(state, step, judged))
+        if not (apply or step.delete):
+            return None
+        self._dirty[route] = None  # what is left of the step, or is not done, is looked at again
+        return Writes(apply, step.delete)
 
     def _judged(self, route: RouteId, state: _Route, live: Live, now_s: float) -> Mapping[ObjectKey, Judgement]:
         """Of every wanted object that is not live as it should be: whether it may be written."""
         judged = {}
         for value in () if state.target is None else _all(state.target):
             key = key_of(value)
-            if self._same(value, live.get(key)):
+            if self._sender.same(value, live.get(key)):
                 self._disputes.agreed(value)
             else:
                 judged[key] = self._disputes.judge(route, value, self._objects.find(key), now_s)
         return judged
 
     def _admitted(
-        self, state: _Route, step: Step, judged: Mapping[ObjectKey, Judgement], now_s: float
+        self, state: _Route, step: Step, judged: Mapping[ObjectKey, Judgement]
     ) -> Iterator[tuple[KubeObject, Judgement]]:
         """Of what the step would apply, that which nobody and nothing speaks against."""
         for value in step.apply:
-            refused = state.refused.get(key_of(value))
-            judgement = judged.get(key_of(value), FREE)
-            if not judgement.conflict and (refused is None or refused[0] != value or now_s >= refused[2]):
+            refusal, judgement = self._sender.refusal(value), judged.get(key_of(value), FREE)
+            state.refusal = state.refusal or refusal
+            if not (refusal or judgement.conflict):
                 yield value, judgement
-
-    # -------------------------------------------------------------------------------------------------------- writing
-
-    async def _burst(self, writes: list[_Writes]) -> None:
-        """All of `writes`, or what can be done of them in `BURST_S`; the rest is looked at again."""
-        limit, loop = asyncio.Semaphore(CONCURRENCY), asyncio.get_running_loop()
-        end_s, failures = loop.time() + BURST_S, self._failures
-
-        async def one(state: _Route, value: KubeObject, write: Callable[[], Awaitable[None]]) -> None:
-            async with limit:
-                if loop.time() < end_s and self._failures == failures and self._leading():
-                    await self._attempt(state, value, write)
-
-        tasks = []
-        for due in writes:
-            self._dirty[due.route] = None
-            state = self._routes[due.route]
-            tasks += [one(state, value, partial(self._apply, value, judgement)) for value, judgement in due.apply]
-            tasks += [one(state, value, partial(self._delete, value)) for value in due.delete]
-        await asyncio.gather(*tasks)
-
-    async def _attempt(self, state: _Route, value: KubeObject, write: Callable[[], Awaitable[None]]) -> None:
-        """One write, and what its failure means."""
-        key = key_of(value)
-        try:
-            await write()
-        except FieldConflictError as error:
-            self._disputes.lost(value, str(error), self._clock.now_s())
-            log.warning("conflict", object=str(key), error=str(error))
-        except RefusedError as error:
-            state.refused[key] = (value, str(error), self._clock.now_s() + REFUSED_S)
-            log.warning("refused", object=str(key), error=str(error))
-        except UnavailableError as error:
-            self._back_off(str(error))
-        else:
-            self._failures, self._trouble = 0, ""
-            state.refused.pop(key, None)
-
-    async def _apply(self, value: KubeObject, judgement: Judgement) -> None:
-        live = self._objects.find(key_of(value))
-        pin = {"resourceVersion": version_of(live)} if judgement.pinned else {}
-        result = await self._objects.apply({**value, "metadata": {**value["metadata"], **pin}}, force=judgement.force)
-        self._disputes.agreed(value)
-        if same(value, result):
-            self._mutated.pop(key_of(value), None)
-        else:
-            self._mutated[key_of(value)] = (value, version_of(result))
-
-    async def _delete(self, value: KubeObject) -> None:
-        self._disputes.gone(key_of(value))
-        await self._objects.delete(key_of(value), str(value["metadata"]["uid"]))
-
-    def _back_off(self, error: str) -> None:
-        """Nothing is written for a while; what was to be written is still to be written then."""
-        self._failures += 1
-        pause_s = min(RETRY_MAX_S, RETRY_S * 2.0 ** min(self._failures, 10))
-        pause_s *= random.uniform(0.5, 1.0)  # noqa: S311 - jitter, so that replicas and routes do not come back at once
-        self._not_before_s, self._trouble = self._clock.now_s() + pause_s, error
 
     # ----------------------------------------------------------------------------------------------------- what to say
 
@@ -420,7 +346,7 @@ class IstioWriter:
         missing = self._missing()
         quarantined, waiting, conflicts = {}, {}, {}
         for route, state in self._routes.items():
-            words = state.finding or next((words for _, words, _ in state.refused.values()), "")
+            words = state.finding or state.refusal
             if words:
                 quarantined[route] = words
             if state.conflict:
@@ -431,13 +357,13 @@ class IstioWriter:
 
     def _reason(self, route: RouteId, state: _Route, missing: str) -> str:
         """Why the newest state of a route is not in force yet; "" when it is, or when something else is said of it."""
-        if state.conflict or state.finding or state.refused:
+        if state.conflict or state.finding or state.refusal:
             return ""
         if missing:
             return missing if state.wanted is not None else ""
         if not (state.waiting or route in self._dirty):
             return ""
-        trouble = self._trouble or (self._confirmation.problem if state.awaits else "")
+        trouble = self._sender.trouble or (self._confirmation.problem if state.awaits else "")
         return "; ".join(filter(None, (state.waiting or "being written", trouble)))
 
     # -------------------------------------------------------------------------------------------------- what wakes it
