@@ -297,7 +297,10 @@ def _ratio(above: float, below: float) -> float:
 def assemble(
     routes: Mapping[RouteId, DesiredRoute], measured: Measured, last: Mapping[RouteId, RouteSignals]
 ) -> dict[RouteId, RouteSignals]:
-    """The Signals of every route: what was measured, else what was known before, else absent."""
+    """The Signals of every route: what was measured, else what was known before, else absent.
+
+    Where nothing else is known than before, they are the SAME object: a decision on it is not made again.
+    """
     none = RouteSignals()
     proxied = {subject[0] for f in FORMULAS if f.family is PROXIED for subject in measured.values.get(f, ())}
     return {
@@ -311,7 +314,8 @@ def _of_route(route: DesiredRoute, names: tuple[str, ...], measured: Measured, l
     endpoints: dict[EndpointId, EndpointSignals] = {
         e.id: _of_endpoint(route, e, names, measured, last.endpoints.get(e.id, none)) for e in route.endpoints
     }
-    return RouteSignals(_arrivals(route.spec, measured, last.arrivals_rps), endpoints)
+    found = RouteSignals(_arrivals(route.spec, measured, last.arrivals_rps), endpoints)
+    return last if found == last else found
 
 
 def _arrivals(spec: RouteSpec, measured: Measured, last: Mapping[str, Signal]) -> dict[str, Signal]:

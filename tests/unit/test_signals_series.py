@@ -329,3 +329,14 @@ def test_proxies_name_an_ipv6_endpoint_in_brackets() -> None:
     measured = measured_of({formula("proxy_active"): {("demo/resnet", "[::1]:8000"): Signal(2.0, NOW_S)}})
     found = series.assemble({of.spec.id: of}, measured, {})[of.spec.id].endpoints
     assert found[EndpointId("::1:8000")].proxy_active == Signal(2.0, NOW_S)
+
+
+def test_what_says_the_same_is_the_same_object() -> None:
+    """A thousand routes of which nothing was measured since are not decided again; one that was is, alone."""
+    both = {RouteId(name): route(server(f"{name}:8002", f"{name}:8000")) for name in ("a", "b")}
+    before = series.assemble(both, measured_of({}), {})
+    assert all(before[name] is same for name, same in series.assemble(both, measured_of({}), before).items())
+    news = measured_of({formula("pending"): {("a:8002", "resnet50"): Signal(2.0, NOW_S)}})
+    after = series.assemble(both, news, before)
+    assert after[RouteId("b")] is before[RouteId("b")]
+    assert after[RouteId("a")].endpoints[EndpointId("a:8000")].pending == Signal(2.0, NOW_S)
