@@ -88,6 +88,12 @@ async def test_the_rest_is_forbidden(forbidden: tuple[str, ...], deployed: str, 
         await cluster.kubectl(*forbidden, kubeconfig=kubeconfig)
 
 
+async def test_its_lease_may_be_read(deployed: str, cluster: Cluster) -> None:
+    """By its name, which is limited: kustomize must not have renamed it (it does where a ConfigMap is called so)."""
+    command = ("get", "lease", "meshctl", f"--namespace={NAMESPACE}", "--ignore-not-found")
+    await cluster.kubectl(*command, kubeconfig=await cluster.kubeconfig_for(ACCOUNT))
+
+
 def test_everything_that_is_watched_may_be_watched() -> None:
     """A new kind in the store must come into deploy/rbac.yaml (and into the table here)."""
     assert all(NEEDED[KINDS[name].resource] >= WATCH for name in (*MANDATORY, *OPTIONAL, *ISTIO))
