@@ -106,9 +106,33 @@ async def test_what_is_live_and_files_as_if_they_were_applied(cluster: Cluster, 
     assert await _analyzed(cluster, "-n", namespace) == (0, [])  # nothing was applied
 
 
-async def _analyzed(cluster: Cluster, *arguments: str) -> tuple[int, list[tuple[str, str]]]:
+async def test_with_rights_in_one_namespace_nothing_elsewhere_is_called_missing(cluster: Cluster) -> None:
+    """The gateway and its pods can't be seen; what is wrong in the namespace itself is still found."""
+    namespace = await cluster.namespace()
+    hosts = {"hosts": [f"{namespace}.example"], "gateways": ["edge/not-seen"]}
+    await cluster.apply(_object("VirtualService", "v", {**hosts, "http": [_to("elsewhere.svc", "t4")]}, namespace))
+    kinds = "virtualservices,destinationrules,serviceentries,gateways"
+    resources = ",".join(f"{kind}.networking.istio.io" for kind in kinds.split(","))
+    within = ("--namespace", namespace)
+    await cluster.kubectl("create", "role", "look", "--verb=list", f"--resource={resources},services", *within)
+    await cluster.kubectl(
+        "create", "rolebinding", "look", "--role=look", f"--serviceaccount={namespace}:default", *within
+    )
+    kubeconfig = await cluster.kubeconfig_for(f"{namespace}/default")
+    assert await _analyzed(cluster, "-n", namespace, kubeconfig=kubeconfig) == (0, [])
+    assert (await _analyzed(cluster, "-n", namespace))[1] == [
+        ("v", "UndefinedSubset"),
+        ("v", "UnknownDestination"),
+        ("v", "UnknownGateway"),
+    ]
+
+
+async def _analyzed(
+    cluster: Cluster, *arguments: str, kubeconfig: Path | None = None
+) -> tuple[int, list[tuple[str, str]]]:
     """Exit code, and (object, finding) in order."""
-    command = (sys.executable, "-m", "meshctl", "analyze", f"--kubeconfig={cluster.kubeconfig}", "-o", "json")
+    credentials = f"--kubeconfig={kubeconfig or cluster.kubeconfig}"
+    command = (sys.executable, "-m", "meshctl", "analyze", credentials, "-o", "json")
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*command, *arguments, stdout=pipe, stderr=pipe)
     out, err = await asyncio.wait_for(process.communicate(), DEADLINE_S)
