@@ -10,6 +10,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from istio.confirm import Confirmation, Elapsed, Istiod
 from istio.writer import IstioWriter
@@ -26,6 +27,8 @@ from meshctl.ports import Actuator, Clock, Source
 
 START_S = 60.0
 """10,000 pods are listed in a few seconds; an API server that is starting too gets its time."""
+ISTIO_TOKEN = Path("/var/run/secrets/tokens/istio-token")
+"""Where deploy/ mounts the token that istiod's debug pages ask for (Istio's own path for it)."""
 
 
 class ClusterReplicas:
@@ -89,7 +92,8 @@ async def _lease(stack: AsyncExitStack, client: Client, name: str | None) -> Lea
 def _writer(
     config: ClusterConfig, store: ClusterObjects, clock: Clock, lease: Lease | None, source: KubernetesSource
 ) -> IstioWriter:
-    confirmation: Confirmation = Istiod(config.istiod, clock) if config.istiod else Elapsed(clock)
+    token = ISTIO_TOKEN if ISTIO_TOKEN.exists() else None
+    confirmation: Confirmation = Istiod(config.istiod, clock, token=token) if config.istiod else Elapsed(clock)
     return IstioWriter(
         store.reader(),
         confirmation,
