@@ -27,6 +27,8 @@ POD = "Pod"
 WILDCARDS: Term = ("wildcards",)
 """DestinationRules for hosts that begin with ``*``, but not with ``*.``."""
 
+_OWN_BUSINESS = ("endpoints", "trafficPolicy")
+"""Fields that no other object asks for; 10,000 endpoints need not be held twice."""
 _GROUP = "networking.istio.io"
 _JUDGES: Mapping[str, Callable[..., None]] = {
     VIRTUAL_SERVICE: virtualservice.judge,
@@ -42,7 +44,7 @@ class Subject:
 
     key: ObjectKey
     spec: Mapping[str, Any]
-    """Known fields with values of the right types only; a ServiceEntry's endpoints are left out."""
+    """Known fields with values of the right types only, less those of `_OWN_BUSINESS`."""
     created: str
     """creationTimestamp (these sort as text); "" when it is not written yet."""
     terms: frozenset[Term]
@@ -56,8 +58,8 @@ class Subject:
         return (not self.created, self.created, self.key.namespace, self.key.name)
 
 
-def read(value: Any) -> Subject | None:
-    """None for what is not an object of a kind that matters here."""
+def read(value: Any, *, judged: bool) -> Subject | None:
+    """None for what is not an object of a kind that matters here. `judged`: `own` is wanted."""
     kind = value.get("kind") if isinstance(value, Mapping) else None
     api = value.get("apiVersion") if kind is not None else None
     metadata = value.get("metadata") if kind is not None else None
@@ -66,7 +68,7 @@ def read(value: Any) -> Subject | None:
     name, namespace = _text(metadata, "name"), _text(metadata, "namespace") or DEFAULT_NAMESPACE
     key, created = ObjectKey(kind, namespace, name), _text(metadata, "creationTimestamp")
     if kind in SHAPES and api.partition("/")[0] == _GROUP:
-        return _judged(key, value, created)
+        return _istio(key, value, created, judged=judged)
     if kind == SERVICE and api == "v1":
         return Subject(key, _service(value), created, frozenset({("entry", service_host(key))}), (), value)
     if kind == POD and api == "v1":
@@ -94,9 +96,13 @@ def delegate_key(delegate: Mapping[str, Any], namespace: str) -> ObjectKey:
 
 
 class Known:
-    """Objects by key and by term. Objects that did not change (the very same mapping) are not read again."""
+    """Objects by key and by term. Objects that did not change (the very same mapping) are not read again.
 
-    def __init__(self, objects: Iterable[KubeObject] = ()) -> None:
+    `judged`: what is wrong with each alone is wanted, too; without it, only what other objects ask for is read.
+    """
+
+    def __init__(self, objects: Iterable[KubeObject] = (), *, judged: bool = False) -> None:
+        self._judged = judged
         self._subjects: dict[ObjectKey, Subject] = {}
         self._by_term: dict[Term, dict[ObjectKey, Subject]] = {}
         self._by_source: dict[int, Subject] = {}
@@ -106,7 +112,7 @@ class Known:
         """Know exactly `objects` from now on. One that is there twice is taken from its first."""
         subjects: dict[ObjectKey, Subject] = {}
         for value in objects:
-            subject = self._by_source.get(id(value)) or read(value)
+            subject = self._by_source.get(id(value)) or read(value, judged=self._judged)
             if subject is not None:
                 subjects.setdefault(subject.key, subject)
         for key in self._subjects.keys() - subjects.keys():
@@ -165,9 +171,18 @@ class View:
         return subject.age if subject.created or live is None else live.age
 
 
-def _judged(key: ObjectKey, value: KubeObject, created: str) -> Subject:
-    reader = Reader(key)
-    spec = reader.read(value.get("spec") or {}, SHAPES[key.kind], ("spec",))
+def _istio(key: ObjectKey, value: KubeObject, created: str, *, judged: bool) -> Subject:
+    reader, spec = Reader(key), value.get("spec") or {}
+    if not judged and isinstance(spec, Mapping):
+        spec = {name: field for name, field in spec.items() if name not in _OWN_BUSINESS}
+    spec = reader.read(spec, SHAPES[key.kind], ("spec",))
+    own = _judged(key, spec, reader) if judged else ()
+    for name in _OWN_BUSINESS:
+        spec.pop(name, None)
+    return Subject(key, spec, created, frozenset(_terms(key, spec)), own, value)
+
+
+def _judged(key: ObjectKey, spec: Mapping[str, Any], reader: Reader) -> tuple[Finding, ...]:
     if not key.name:
         reader.report("MissingField", ("metadata", "name"), "the object has no name")
     elif key.kind == GATEWAY and values.label(key.name):
@@ -176,9 +191,7 @@ def _judged(key: ObjectKey, value: KubeObject, created: str) -> Subject:
         )
     if reader.typed:
         _JUDGES[key.kind](spec, reader.report)
-    spec.pop("endpoints", None)  # no other object asks for them, and 10,000 of them would be held twice
-    terms = frozenset(_terms(key, spec))
-    return Subject(key, spec, created, terms, tuple(sorted(reader.findings, key=lambda finding: finding.order)), value)
+    return tuple(sorted(reader.findings, key=lambda finding: finding.order))
 
 
 def _terms(key: ObjectKey, spec: Mapping[str, Any]) -> Iterator[Term]:

@@ -11,6 +11,7 @@ RE2, a native dependency for a check that a few rules make.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 MAX_BYTES = 1024
 """istiod's limit for every expression in a match."""
@@ -36,8 +37,9 @@ class _FaultError(Exception):
     """What is not RE2."""
 
 
+@lru_cache(maxsize=4096)
 def fault_of(text: str) -> str:
-    """Why `text` is not RE2; "" when it is."""
+    """Why `text` is not RE2; "" when it is. The same size classes have the same expressions in every route."""
     reader = _Reader(text)
     try:
         reader.alternatives(0)
