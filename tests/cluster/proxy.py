@@ -21,6 +21,8 @@ import aiohttp
 import orjson
 from aiohttp import web
 
+from meshctl.adapters.kubernetes.sockets import Sockets
+
 _HOP_BY_HOP = {"transfer-encoding", "content-length", "connection", "content-encoding", "keep-alive"}
 
 
@@ -33,18 +35,20 @@ class ApiProxy:
         self._token = config["users"][0]["user"]["token"]
         self.kubeconfig = directory / "proxy.kubeconfig"
         self.asked: list[str] = []
+        self.pauses_s: dict[str, float] = {}
+        """How long each request that is such a one (as in `asked`) waits before it is passed on."""
         self._answers: list[tuple[str, int, Mapping[str, str], bytes]] = []
         self._streams: dict[asyncio.Queue[bytes | None], str] = {}
         self._deaf: set[asyncio.Queue[bytes | None]] = set()
+        self._sockets = Sockets()
         self._port = 0
 
     async def __aenter__(self) -> Self:
         trust = ssl.create_default_context(
             cadata=base64.b64decode(self._upstream["certificate-authority-data"]).decode()
         )
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, ssl=trust), headers={"Authorization": f"Bearer {self._token}"}
-        )
+        connector = aiohttp.TCPConnector(limit=0, ssl=trust, socket_factory=self._sockets.make)
+        self._session = aiohttp.ClientSession(connector=connector, headers={"Authorization": f"Bearer {self._token}"})
         await self.up()
         cluster = {"name": "proxy", "cluster": {"server": f"http://127.0.0.1:{self._port}"}}
         context = {"name": "proxy", "context": {"cluster": "proxy", "user": "nobody"}}
@@ -58,6 +62,7 @@ class ApiProxy:
     ) -> None:
         await self.down()
         await self._session.close()
+        await self._sockets.close()
 
     # ------------------------------------------------------------------------------------------------------- faults
 
@@ -110,6 +115,7 @@ class ApiProxy:
             if answer[0] == what:
                 self._answers.remove(answer)
                 return web.Response(status=answer[1], headers=answer[2], body=answer[3])
+        await asyncio.sleep(self.pauses_s.get(what, 0.0))
         headers = {name: request.headers[name] for name in ("Accept", "Content-Type") if name in request.headers}
         async with self._session.request(
             request.method,

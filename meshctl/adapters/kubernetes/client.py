@@ -8,7 +8,6 @@ Bodies are plain JSON; `kubernetes.aio` gives configuration and transport.
 from __future__ import annotations
 
 import asyncio
-import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -28,6 +27,7 @@ from meshctl.adapters.kubernetes import faults
 from meshctl.adapters.kubernetes.access import configuration
 from meshctl.adapters.kubernetes.faults import AbsentError, BusyError, ChangedError, ExpiredError
 from meshctl.adapters.kubernetes.kinds import KINDS, Kind, Raw
+from meshctl.adapters.kubernetes.sockets import Sockets
 from meshctl.errors import UnavailableError
 from meshctl.ports import KubeObject, ObjectKey
 
@@ -39,8 +39,6 @@ LIST_DEADLINE_S = 60.0
 PAGE = 500
 """Objects per answer to a list; 500 pods are some 3 MB."""
 _CONNECT_S = 3.0
-_DEAD_PEER_S = 15
-"""A connection whose peer acknowledges nothing for this long is cut by the kernel."""
 _BACKOFF = wait_random_exponential(multiplier=0.1, max=2.0)
 
 
@@ -284,26 +282,18 @@ async def connect(kubeconfig: Path | None = None, context: str | None = None) ->
 
 
 class _Transport(RESTClientObject):
-    """The package's own, over connections that find out when their peer is dead."""
+    """The package's own, over connections that find out when their peer is dead, and that all end with `close`."""
+
+    def __init__(self, config: Configuration) -> None:
+        super().__init__(config)
+        self._sockets = Sockets()
 
     def _create_connector(self) -> aiohttp.TCPConnector:
-        return aiohttp.TCPConnector(limit=self.maxsize, ssl=self.ssl_context, socket_factory=_watchful_socket)
+        return aiohttp.TCPConnector(limit=self.maxsize, ssl=self.ssl_context, socket_factory=self._sockets.make)
 
-
-def _watchful_socket(address: aiohttp.AddrInfoType) -> socket.socket:
-    """A socket whose silent connection is probed every few seconds (Linux; elsewhere only by the system's defaults)."""
-    family, kind, protocol, _, _ = address
-    made = socket.socket(family, kind, protocol)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (
-        ("TCP_KEEPIDLE", 5),
-        ("TCP_KEEPINTVL", 5),
-        ("TCP_KEEPCNT", _DEAD_PEER_S // 5 - 1),
-        ("TCP_USER_TIMEOUT", _DEAD_PEER_S * 1000),
-    ):
-        if hasattr(socket, option):
-            made.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    return made
+    async def close(self) -> None:
+        await super().close()
+        await self._sockets.close()
 
 
 def _may_retry(error: BaseException, idempotent: bool) -> bool:
