@@ -171,7 +171,7 @@ async def bench_changes(report: Report, changes: int) -> None:
         async with FleetProcess(fleet_config()) as fleet, xds_server() as server:
             addresses = [endpoint_of(s) for s in fleet.info.servers]
             random = np.random.default_rng(1)
-            server.apply(plan(route_plan("bench/r", _random_weights(random, addresses), sizes=SIZES)))
+            server.apply(plan(route_plan("bench/r", random_weights(random, addresses), sizes=SIZES)))
             async with EnvoyProcess(Path(directory), gateway(server.address, "bench")) as envoy:
                 config = LoadConfig((envoy.url,), CHANGE_LOAD * capacity_rps(), MIX, float("inf"), model=MODEL)
                 load = Load(config)
@@ -187,12 +187,12 @@ async def bench_changes(report: Report, changes: int) -> None:
 async def _change(server: XdsServer, addresses: list[str], random: np.random.Generator, changes: int) -> None:
     for step in range(changes):
         some = addresses if step % 5 else addresses[: len(addresses) - 1 - int(random.integers(4))]
-        server.apply(plan(route_plan("bench/r", _random_weights(random, some), sizes=SIZES)))
+        server.apply(plan(route_plan("bench/r", random_weights(random, some), sizes=SIZES)))
         await server.wait_synced(SYNC_S)
         await asyncio.sleep(0.1)  # a pace: requests are to be under way at each change
 
 
-def _random_weights(random: np.random.Generator, addresses: list[str]) -> dict[str, int]:
+def random_weights(random: np.random.Generator, addresses: list[str]) -> dict[str, int]:
     """A third of them zero, at least one not."""
     weights = random.integers(1, 200, len(addresses)) * (random.random(len(addresses)) > 1 / 3)
     weights[0] += 1

@@ -79,7 +79,7 @@ class Figure:
 
 
 def quantiles(
-    name: str, values: Sequence[float], unit: str, targets: Mapping[float, Target], note: str = ""
+    name: str, values: Sequence[float], unit: str, targets: Mapping[float, Target | None], note: str = ""
 ) -> list[Figure]:
     """A figure per quantile (0..1) in `targets`, and the median, of `values` in `unit`; the count goes to the note."""
     counted = f"{len(values)} times" + (f"; {note}" if note else "")

@@ -45,6 +45,7 @@ from meshctl.sim.versus import (
     SETTLE_SEED,
     LocalStand,
     Measured,
+    Stand,
     endpoint_of,
     part_of,
     ratio,
@@ -75,7 +76,7 @@ def main(
     only: Annotated[list[Part] | None, typer.Option("--only", help="Parts to run; all by default.")] = None,
 ) -> None:
     """Measure routing and print it."""
-    found = (1,) if quick else _seeds(seeds)
+    found = (1,) if quick else seeds_of(seeds)
     seconds = 5.0 if quick else seconds
     report = Report("routing")
     parts = only or list(Part)
@@ -92,7 +93,7 @@ def main(
     report.show(as_json=as_json)
 
 
-def _seeds(text: str) -> tuple[int, ...]:
+def seeds_of(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
@@ -127,7 +128,7 @@ async def _compare(
             if policy == MESHCTL:
                 settled.append(await made.settle(seed + SETTLE_SEED))
             progress(f"seed {seed}: {policy}, {seconds:g} s")
-            runs[policy].append(await _measure(made, policy, seed, seconds))
+            runs[policy].append(await measure(made, policy, seed, seconds))
     view = await made.route()
     report.details["real"] = {
         "what": "real Envoys, controller and requests; simulated GPUs",
@@ -143,7 +144,7 @@ async def _compare(
     _compared(report, runs, load, made.data_plane)
 
 
-async def _measure(made: LocalStand, policy: str, seed: int, seconds: float) -> Measured:
+async def measure(made: Stand, policy: str, seed: int, seconds: float) -> Measured:
     """The run whose generator was least late, of up to `_TRIES`, stopping at the first valid one."""
     found: list[Measured] = []
     for _ in range(_TRIES):
@@ -212,7 +213,7 @@ async def _slow(report: Report, made: LocalStand, seconds: float, seeds: Sequenc
     await _until(made, "the route is suspended", lambda view: view.suspended)
     held = _weights(await made.route())
     await made.set_faults(server, slow)
-    stale = [await _measure(made, MESHCTL, seed, seconds) for seed in seeds]
+    stale = [await measure(made, MESHCTL, seed, seconds) for seed in seeds]
     await made.set_faults(server, Faults())
     made.write_manifests()
     await _until(made, "the route is not suspended", lambda view: not view.suspended)
@@ -225,7 +226,7 @@ async def _slow(report: Report, made: LocalStand, seconds: float, seeds: Sequenc
         await _until(made, "the slow server loses weight", lambda view: part_of(view, endpoint) < REACTED * before)
         reacted_s = time.monotonic() - start_s
         settled_s = await made.settled()
-    known = [await _measure(made, MESHCTL, seed, seconds) for seed in seeds]
+    known = [await measure(made, MESHCTL, seed, seconds) for seed in seeds]
     view = await made.route()
     report.details["slow"] = {
         "what": "real Envoy, controller and requests; simulated GPUs",
