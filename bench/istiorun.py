@@ -20,7 +20,7 @@ import aiohttp
 import orjson
 
 from bench.report import Figure, Report, at_most, progress, quantiles
-from istio.names import OURS, SERVICE_ENTRY, VIRTUAL_SERVICE
+from istio.names import DOMAIN, OURS, SERVICE_ENTRY, VIRTUAL_SERVICE
 from meshctl.adapters.kubernetes.client import Client, connect
 from meshctl.adapters.kubernetes.store import ClusterObjects
 from meshctl.errors import MeshctlError
@@ -98,13 +98,13 @@ class Place:
         return await shown(answered, f"{host} is served")
 
     async def endpoints(self) -> dict[str, dict[str, int]]:
-        """Cluster of this namespace -> ``address:port`` -> weight, as the gateway balances by them."""
+        """Cluster of a size class -> ``address:port`` -> weight, as the gateway balances by them."""
         async with self.session.get(f"http://{self.cluster.gateway().admin}{_ENDPOINTS}") as answer:
             configs = orjson.loads(await answer.read()).get("configs", ())
         found: dict[str, dict[str, int]] = {}
         for config in configs:
             name = str(config["endpoint_config"].get("cluster_name", ""))
-            if f".{self.namespace}." in name:
+            if name.endswith(f".{self.namespace}.sizes.{DOMAIN}"):
                 members = [m for locality in config["endpoint_config"].get("endpoints", ()) for m in _members(locality)]
                 found[name] = dict(members)
         return found
@@ -210,6 +210,8 @@ async def bench_pod(report: Report, cluster: Cluster, directory: Path, repeats: 
         kind = {"apiVersion": "v1", "kind": "Service"}
         spec = {"selector": {"app": "triton"}, "ports": ports}
         await here.client.create({**kind, "metadata": {"name": "triton", "namespace": here.namespace}, "spec": spec})
+        node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": here.namespace}}  # slices ask for it
+        await here.client.create(node)
         numbers = itertools.count()
         pods = [await _pod(here, next(numbers)) for _ in range(PODS)]
         # Every pod gets something of every size class, and so is in every cluster.
@@ -262,7 +264,7 @@ async def _pod(here: Place, number: int) -> _Pod:
         "labels": {"app": "triton"},
         "annotations": {"meshctl.io/gpu-product": GPUS[number % len(GPUS)]},
     }
-    spec = {"nodeName": "none", "containers": containers, "terminationGracePeriodSeconds": 600}
+    spec = {"nodeName": here.namespace, "containers": containers, "terminationGracePeriodSeconds": 600}
     await here.client.create({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
     ready = [{"type": "Ready", "status": "True"}]
     status = {"phase": "Running", "podIP": pod.address, "podIPs": [{"ip": pod.address}], "conditions": ready}
