@@ -10,6 +10,8 @@
 
 BIN := .venv/bin
 CODE := meshctl xds istio bench tests
+WORKERS := 2
+PYTEST := $(BIN)/pytest -q
 
 setup:
 	@scripts/setup.sh
@@ -33,11 +35,16 @@ lint: setup
 	$(BIN)/python -m meshctl.api.crd --check
 
 check: lint
-	$(BIN)/pytest -q tests/unit tests/property
+	$(PYTEST) -n $(WORKERS) tests/unit tests/property
 
+# One worker has the tests of the cluster that they share, which mostly wait, while the others do the rest. What measures
+# has the machine for itself afterwards, also when something failed before.
 test: lint
 	@scripts/tools.sh >/dev/null
-	$(BIN)/pytest -q tests
+	@failed=; \
+	$(PYTEST) -n $(WORKERS) --dist loadgroup -m "not alone" tests || failed="the tests that run together"; \
+	$(PYTEST) -m alone tests || failed="$${failed:+$$failed, and }those that run alone"; \
+	[ -z "$$failed" ] || { echo "FAILED: $$failed: see above" >&2; exit 1; }
 
 # uv in a throw-away environment: hashes for every platform's wheels, no download addresses
 lock: setup

@@ -44,6 +44,7 @@ async def test_the_event_simulation_has_every_policy_and_its_targets() -> None:
         assert ours["goodput"] - istio["goodput"] > 0.2
 
 
+@pytest.mark.alone
 @pytest.mark.envoy
 async def test_the_real_comparison_prints_its_targets_and_what_was_real() -> None:
     """Both policies with the same requests; the ratio, goodput and worst class with their targets."""

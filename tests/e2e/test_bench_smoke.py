@@ -48,6 +48,7 @@ async def test_the_solver_bench_prints_its_figures() -> None:
     assert values(found, "writes caused")[0] == 0
 
 
+@pytest.mark.alone
 @pytest.mark.envoy
 async def test_the_loop_bench_fails_no_request() -> None:
     """Decisions reach a real Envoy, and changes under load fail nothing."""

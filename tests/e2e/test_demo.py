@@ -87,6 +87,7 @@ async def demo(temporary: Path, options: str, **environment: str) -> AsyncIterat
         await process.wait()
 
 
+@pytest.mark.alone
 async def test_once_measures_the_same_requests_through_both(tmp_path: Path) -> None:
     """Standard output is one JSON document with both policies; nothing stays behind."""
     require_envoy()
@@ -108,6 +109,7 @@ async def test_once_measures_the_same_requests_through_both(tmp_path: Path) -> N
     assert (found["signals"], found["seed"]) == ("scrape", 7)
 
 
+@pytest.mark.alone
 @pytest.mark.prometheus
 async def test_once_with_a_prometheus_of_its_own(tmp_path: Path) -> None:
     """The controller's signals come from it: without them the weights would never count as settled."""

@@ -74,6 +74,7 @@ async def mesh(tmp_path: Path, weights: Sequence[int]) -> AsyncIterator[Mesh]:
         await asyncio.gather(*(t.end() for t in tritons))
 
 
+@pytest.mark.alone
 async def test_arrivals_and_ends_are_what_was_sent(tmp_path: Path) -> None:
     """30 small and 10 large requests at 3:1: arrivals by size, ends by endpoint, and what each Triton completed."""
     async with mesh(tmp_path, (750, 250)) as of:

@@ -22,7 +22,7 @@ from tests.harness.prometheus import PrometheusProcess
 from tests.harness.tools import until
 from tests.harness.triton import TritonModel, TritonProcess
 
-pytestmark = pytest.mark.triton
+pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 BASE_S, PER_ITEM_S = 0.010, 0.001
 MODEL = TritonModel(base_s=BASE_S, per_item_s=PER_ITEM_S)
