@@ -137,21 +137,21 @@ def names(count: int) -> list[RouteId]:
     return [RouteId(f"ns/route-{i:04}") for i in range(count)]
 
 
-def test_a_thousand_unchanged_routes_are_recognised_by_identity() -> None:
+def test_unchanged_routes_are_recognised_by_identity() -> None:
     """Settled routes with the same inputs keep the same RoutePlan objects, in the snapshot's order; one that changes
     changes alone; removed and added again it starts anew."""
-    wanted = {name: route(1, name, policy=Policy.PROPORTIONAL) for name in names(1000)}
+    wanted = {name: route(1, name, policy=Policy.PROPORTIONAL) for name in names(200)}
     snapshot = Snapshot(wanted, {})
     plan, memory = decide(snapshot, Memory(), 0.0)
-    for second in range(1, 60):
+    for second in range(1, 20):
         before, (plan, memory) = plan, decide(snapshot, memory, float(second))
         if all(plan.routes[r] is before.routes[r] for r in wanted):
             break
-    assert second < 50, "25 tables a round: 40 rounds"
+    assert second < 18, "25 tables a round: 8 rounds"
     again, memory = decide(snapshot, memory, 100.0)
     assert list(again.routes) == list(wanted)
     assert all(again.routes[r] is plan.routes[r] for r in wanted)
-    one = names(1000)[500]
+    one = names(200)[100]
     changed = {**wanted, one: route(1, one, policy=Policy.ROUND_ROBIN)}
     after, memory = decide(Snapshot(changed, {}), memory, 200.0)
     assert [r for r in wanted if after.routes[r] is not plan.routes[r]] == [one]
