@@ -4,7 +4,7 @@
 |------|------|-------|---------|
 | Resolved | endpoints and profiles found, input is good | newer input is bad, or no endpoint | |
 | MetricsFresh | every endpoint measured lately | some are stale or never measured | nothing measured yet |
-| SLOFeasible | every size class is expected to meet it | some can't; best figure in the message | no endpoint |
+| SLOFeasible | every size class is expected to meet it | some can't; best figure in the message | no endpoint, or the load is a guess |
 | Programmed | every proxy acknowledged everything | refused, held up, or not acknowledged yet | no proxy is known |
 | Conflict | somebody else owns or changed an object | nobody does | |
 | Ready | served as decided | can't be served as decided | no proxy connected |
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from meshctl.model import (
+    DEFAULT_CLASS,
     NO_SIGNALS,
     DataPlaneStatus,
     EndpointSignals,
@@ -155,8 +156,12 @@ def _slo_feasible(plan: RoutePlan) -> Condition:
         return condition(Status.UNKNOWN, ReasonCode.NO_ENDPOINTS, "there is nothing to solve for")
     spec = plan.route.spec
     goal = f"{spec.percentile:.2%} within {spec.slo_s * 1000:g} ms at {plan.load_rps:.1f} requests/s"
-    worst = min(plan.attainment.items(), key=lambda item: (item[1], item[0]), default=None)
+    sized = {size: value for size, value in plan.attainment.items() if size != DEFAULT_CLASS}
+    worst = min(sized.items(), key=lambda item: (item[1], item[0]), default=None)
     expected = f"; expected of the worst size, {worst[0]}: {worst[1]:.2%}" if worst else ""
+    if plan.feasible and worst and worst[1] < spec.percentile:
+        unknown = "the load is a guess from the capacity until it is observed, or declared (spec.expectedLoad)"
+        return condition(Status.UNKNOWN, "LoadUnknown", f"goal: {goal}{expected}; {unknown}")
     if plan.feasible:
         return condition(Status.TRUE, "Feasible", f"goal: {goal}{expected}")
     return condition(Status.FALSE, ReasonCode.INFEASIBLE, f"goal: {goal}{expected}; add endpoints or relax the SLO")

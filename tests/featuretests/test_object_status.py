@@ -156,12 +156,12 @@ async def test_a_status_says_what_holds_and_why(told: Told) -> None:
 
 async def test_a_steady_state_writes_nothing(told: Told) -> None:
     """Neither a minute of reconciles nor numbers that wobble make a write or an Event after the first."""
-    told.changes = {"attainment": {"small": 0.991, "large": 0.992}}
+    told.changes = {"attainment": {"small": 0.996, "large": 0.997}}
     await told.tell()
     before, events = told.live(), told.events()
     for second in range(60):
-        worst = 0.9945 - 0.009 * (second % 2)
-        told.changes = {"attainment": {"small": 0.992, "large": worst}, "load_rps": 40.0 + second}
+        worst = 0.9995 - 0.009 * (second % 2)
+        told.changes = {"attainment": {"small": 0.997, "large": worst}, "load_rps": 40.0 + second}
         assert await told.tell(after_s=1.0) == 0
     assert told.live() is before
     assert told.events() == events
@@ -207,12 +207,12 @@ async def test_only_a_flip_moves_the_time_of_a_transition(told: Told) -> None:
 
 async def test_numbers_are_written_when_they_have_moved_far_and_seldom(told: Told) -> None:
     """A point of attainment is worth a write, every ten seconds at most; a condition that turns, at once."""
-    told.changes = {"attainment": {"small": 0.999, "large": 0.999}}
+    told.changes = {"attainment": {"small": 1.0, "large": 1.0}}
     await told.tell()
-    told.changes = {"attainment": {"small": 0.98, "large": 0.999}}
+    told.changes = {"attainment": {"small": 0.99, "large": 1.0}}
     assert await told.tell(after_s=1.0) == 0
     assert await told.tell(after_s=NUMBERS_S) == 1
-    assert (told.live()["status"]["attainment"], told.live()["status"]["worstClass"]) == ("98.0%", "small")
+    assert (told.live()["status"]["attainment"], told.live()["status"]["worstClass"]) == ("99.0%", "small")
     told.changes |= {"feasible": False}
     assert await told.tell(after_s=1.0) == 1
     assert told.condition("SLOFeasible")["status"] == "False"

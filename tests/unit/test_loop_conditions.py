@@ -90,6 +90,8 @@ def _meshed(**told: Any) -> dict[str, Any]:
         pytest.param({"signals": _measured(None, NOW_S)}, {METRICS: (Status.FALSE, "SignalAbsent")},
                      id="one endpoint never measured"),
         pytest.param({"signals": None}, {METRICS: (Status.UNKNOWN, "SignalAbsent")}, id="nothing measured"),
+        pytest.param({"plan": _plan(attainment={"small": 0.9, "large": 0.2})},
+                     {FEASIBLE: (Status.UNKNOWN, "LoadUnknown"), READY: (Status.TRUE, None)}, id="load unknown"),
         pytest.param({"plan": _plan(feasible=False, attainment={"small": 0.9, "large": 0.2})},
                      {FEASIBLE: (Status.FALSE, "Infeasible"), READY: (Status.TRUE, None)}, id="infeasible"),
         pytest.param({"dataplane": DataPlaneStatus()},
