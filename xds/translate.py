@@ -52,7 +52,7 @@ from meshctl.model import (
     cluster_name,
 )
 from xds.requests import LEGACY_HEADER, bare_hosts, retry_on, size_pattern
-from xds.wire import TypeUrl, field, packed
+from xds.wire import TypeUrl, field, integer, packed
 
 ROUTE_CONFIGURATION = "meshctl"
 """The one RouteConfiguration, which every listener of ours asks for."""
@@ -290,9 +290,12 @@ def _assignment(plan: RoutePlan, size: str, name: str) -> Resource:
 
 @lru_cache(maxsize=65536)
 def _lb_endpoint(address: str, port: int) -> bytes:
-    socket = core_v3.SocketAddress(address=address, port_value=port)
-    endpoint = endpoint_v3.Endpoint(address=core_v3.Address(socket_address=socket))
-    return bytes(endpoint_v3.LbEndpoint(endpoint=endpoint))
+    """LbEndpoint.endpoint.address.socket_address, each the first field of its message; address = 2, port_value = 3.
+
+    By hand, as this is done for each of 10,000 endpoints at the start: 1 s of CPU with the generated classes.
+    """
+    socket = _text(2, address) + integer(3, port)
+    return field(1, field(1, field(1, socket)))
 
 
 @lru_cache(maxsize=4096)

@@ -75,6 +75,11 @@ def field(number: int, payload: bytes) -> bytes:
     return varint(number << 3 | _BYTES) + varint(len(payload)) + payload
 
 
+def integer(number: int, value: int) -> bytes:
+    """An integer field of at least 0, which is left out when it is 0."""
+    return varint(number << 3 | _VARINT) + varint(value) if value else b""
+
+
 def packed(type_url: str, data: bytes) -> bytes:
     """One resource as it stands in a DiscoveryResponse: field 2, an Any."""
     return field(2, field(1, type_url.encode()) + field(2, data))

@@ -246,6 +246,10 @@ class Measured:
             self.unbelievable.setdefault(formula, []).append((subject, value))
         self.values.setdefault(formula, {})[subject] = signal
 
+    def telling(self, formulas: Iterable[Formula]) -> tuple[Formula, ...]:
+        """Those that may say something of some subject: an exporter that nobody runs is not looked for 10,000 times."""
+        return tuple(f for f in formulas if self.dark or f not in self.values or self.values[f])
+
     def problems(self, where: str) -> tuple[Problem, ...]:
         """One Problem per formula, however many values were dropped."""
         return tuple(
@@ -303,16 +307,23 @@ def assemble(
     """
     none = RouteSignals()
     proxied = {subject[0] for f in FORMULAS if f.family is PROXIED for subject in measured.values.get(f, ())}
+    asked = {name: measured.telling(formulas) for name, formulas in ENDPOINT_FORMULAS.items()}
     return {
-        route_id: _of_route(route, _names(route.spec, proxied), measured, last.get(route_id, none))
+        route_id: _of_route(route, _names(route.spec, proxied), measured, asked, last.get(route_id, none))
         for route_id, route in routes.items()
     }
 
 
-def _of_route(route: DesiredRoute, names: tuple[str, ...], measured: Measured, last: RouteSignals) -> RouteSignals:
+def _of_route(
+    route: DesiredRoute,
+    names: tuple[str, ...],
+    measured: Measured,
+    asked: Mapping[str, tuple[Formula, ...]],
+    last: RouteSignals,
+) -> RouteSignals:
     none = EndpointSignals()
     endpoints: dict[EndpointId, EndpointSignals] = {
-        e.id: _of_endpoint(route, e, names, measured, last.endpoints.get(e.id, none)) for e in route.endpoints
+        e.id: _of_endpoint(route, e, names, measured, asked, last.endpoints.get(e.id, none)) for e in route.endpoints
     }
     found = RouteSignals(_arrivals(route.spec, measured, last.arrivals_rps), endpoints)
     return last if found == last else found
@@ -339,7 +350,12 @@ def _names(spec: RouteSpec, proxied: Container[str]) -> tuple[str, ...]:
 
 
 def _of_endpoint(
-    route: DesiredRoute, endpoint: Endpoint, names: tuple[str, ...], measured: Measured, last: EndpointSignals
+    route: DesiredRoute,
+    endpoint: Endpoint,
+    names: tuple[str, ...],
+    measured: Measured,
+    asked: Mapping[str, tuple[Formula, ...]],
+    last: EndpointSignals,
 ) -> EndpointSignals:
     host = f"[{endpoint.address}]" if ":" in endpoint.address else endpoint.address
     labels = {
@@ -352,7 +368,9 @@ def _of_endpoint(
     }
     others = [{**labels, ROUTE: name} for name in names[1:]]
     found: dict[str, Signal] = {}
-    for name, formulas in ENDPOINT_FORMULAS.items():
+    for name, formulas in asked.items():
+        if not formulas:
+            continue
         signal = _pick(formulas, labels, endpoint.concurrency, measured)
         if others and formulas[0].family is PROXIED:
             signal = _total([signal, *(_pick(formulas, each, endpoint.concurrency, measured) for each in others)])

@@ -7,14 +7,17 @@ from datetime import timedelta
 from typing import Any
 
 from envoy_data_plane.envoy.config.cluster.v3 import Cluster, ClusterDiscoveryType, ClusterLbPolicy
-from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment
+from envoy_data_plane.envoy.config.core.v3 import Address, SocketAddress
+from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment, LbEndpoint, LocalityLbEndpoints
+from envoy_data_plane.envoy.config.endpoint.v3 import Endpoint as ProxyEndpoint
 from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
 from envoy_data_plane.envoy.service.discovery.v3 import DiscoveryResponse
 
-from meshctl.model import LbPolicy, LoadBalancer, Retry
+from meshctl.model import Endpoint, EndpointId, LbPolicy, LoadBalancer, Retry
 from tests.harness.envoy import plan, route_plan
 from xds.snapshot import build
 from xds.translate import Resource, translate, translate_route
+from xds.wire import TypeUrl, packed
 
 A, B, C = "10.0.0.1:8000", "10.0.0.2:8000", "10.0.0.3:8000"
 
@@ -68,6 +71,25 @@ def test_weights_without_the_zeros() -> None:
     }
     assert found == {"10.0.0.1": 600}
     assert route.assignments["n/r/small"].weights == (600,)
+
+
+def test_endpoints_are_encoded_as_the_generated_classes_do() -> None:
+    """By hand, field by field; short and long numbers, IPv4 and IPv6."""
+    servers = [("10.0.0.1", 80), ("192.0.2.200", 8000), ("2001:db8::1", 65535), ("10.0.0.2", 127), ("10.0.0.3", 128)]
+    route = route_plan("demo/r", {"10.0.0.1:80": 1000})
+    endpoints = tuple(Endpoint(EndpointId(f"{address}:{port}"), address, port, "V100", "") for address, port in servers)
+    tables = {size: {e.id: 200 for e in endpoints} for size in route.weights}
+    made = translate_route(replace(route, route=replace(route.route, endpoints=endpoints), weights=tables))
+    for name, assignment in made.assignments.items():
+        members = [
+            LbEndpoint(
+                endpoint=ProxyEndpoint(address=Address(socket_address=SocketAddress(address=a, port_value=port))),
+                load_balancing_weight=200,
+            )
+            for a, port in servers
+        ]
+        expected = ClusterLoadAssignment(cluster_name=name, endpoints=[LocalityLbEndpoints(lb_endpoints=members)])
+        assert assignment.packed == packed(TypeUrl.ENDPOINT, bytes(expected))
 
 
 def test_all_zero_weights_use_every_ready_endpoint() -> None:
