@@ -6,6 +6,7 @@ first, then the Lease is given back, then the watches end.
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -22,6 +23,7 @@ from meshctl.adapters.kubernetes.store import ClusterObjects
 from meshctl.controller.config import ClusterConfig
 from meshctl.controller.objectstatus import StatusWriter
 from meshctl.controller.state import State
+from meshctl.core.weights import load_solver
 from meshctl.model import Problem, RouteId, Weights
 from meshctl.ports import Actuator, Clock, Source
 
@@ -61,8 +63,10 @@ async def cluster_parts(config: ClusterConfig, clock: Clock) -> AsyncIterator[Cl
     """Everything started but the source. Raises InputError or MeshctlError, with nothing left behind."""
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(connect(config.kubeconfig))
+        loading = asyncio.create_task(asyncio.to_thread(load_solver))  # the first route would have to wait for it
         store = await ClusterObjects(client, namespaces=config.namespaces, istio=config.istio).start(START_S)
         stack.push_async_callback(store.stop)
+        await loading
         lease = await _lease(stack, client, config.lease)
         told: list[Callable[[], tuple[Problem, ...]]] = [store.problems]
         source = KubernetesSource(store.reader(), lambda: tuple(p for problems in told for p in problems()))

@@ -22,6 +22,7 @@ It knows nothing of endpoints, signals, time, or of what is in force.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 
 import numpy as np
 
@@ -174,12 +175,17 @@ def equal_mix(fleet: Fleet, demand: Demand) -> Array:
     return _same_for_all(fleet.count * fleet.servers / fleet.mean_service_s(demand.mix), demand)
 
 
+def load_solver() -> None:
+    """Import what costs 50 MB and 0.3 s, which otherwise the first table that needs it does."""
+    import_module("scipy.optimize")
+
+
 def equal_utilization(fleet: Fleet, demand: Demand) -> Array:
     """(J, I) the table with the smallest highest utilisation: sizes go where they cost least, all GPUs equally busy.
 
     A linear program: minimise u subject to sum_j rate[j] P[j,i] E[S[i,j]] <= count[i] servers[i] u, rows sum to 1.
     """
-    from scipy.optimize import linprog  # 50 MB and 0.3 s: loaded where it is used
+    from scipy.optimize import linprog  # see `load_solver`
 
     sizes, classes = len(demand.rates), len(fleet.count)
     rates = np.maximum(demand.rates, 1e-6 * max(1.0, demand.rates.sum()))
@@ -302,7 +308,7 @@ class _Objective:
     def minimise(self, shares: Array, tolerance: float) -> tuple[Array, int]:
         """The table that L-BFGS reaches from `shares`, and the evaluations it took. It stops when a step gains less
         than `tolerance`, in units of the logarithm: 1e-4 is a hundredth of a per cent of the late requests."""
-        from scipy.optimize import minimize  # 50 MB and 0.3 s: loaded where it is used
+        from scipy.optimize import minimize  # see `load_solver`
 
         logits = np.log(np.maximum(shares, 1e-4))
         result = minimize(
