@@ -5,6 +5,10 @@ what we wrote) or somebody asks for it back (`meshctl resume` gives the route a 
 write is forced). An object of ours that others delete is written again: once at once, then with back-off. So there is
 no war of rewrites, whoever is on the other side.
 
+Another meshctl that writes here too (no Lease, or another version) has our own name as field manager. It shows in an
+object that says neither what we wrote last nor what somebody else owns. The first time it is written over at once (it
+may be the last word of a former leader); from then on it is a conflict as well.
+
 After an undone change the other one still owns the fields, though they say what we wrote. Then the next write is
 forced, but only onto exactly the version that was looked at: nothing of theirs can be lost.
 """
@@ -22,6 +26,7 @@ from meshctl.ports import KubeObject, ObjectKey
 BACK_OFF_S, BACK_OFF_MAX_S = 30.0, 600.0
 """Before an object in dispute is written again: doubled each time; long enough that two controllers that both insist
 write a few times per hour (of one such fight 418 writes in 34 s are on record)."""
+RUN_ONE = "let one of them lead (--lease), or serve other namespaces"
 FORGET_S = 2 * BACK_OFF_MAX_S
 """A dispute so long ago does not lengthen the next one's back-off."""
 
@@ -55,13 +60,14 @@ class Disputes:
     def __init__(self) -> None:
         self._cases: dict[ObjectKey, _Case] = {}
         self._said: dict[ObjectKey, KubeObject] = {}
-        """What we wrote last, or found as we want it."""
+        """What we wrote last, or found as we want it, with the spec that the API server made of it."""
 
-    def agreed(self, wanted: KubeObject) -> None:
-        """The live object says `wanted`: written by us, or found so."""
+    def agreed(self, wanted: KubeObject, live: KubeObject) -> None:
+        """The live object is what `wanted` becomes when it is written: written by us, or found so."""
         key = key_of(wanted)
-        if self._said.get(key) is not wanted:
-            self._said[key] = wanted
+        said = self._said.get(key)
+        if said is None or said["metadata"] is not wanted["metadata"] or said["spec"] is not live["spec"]:
+            self._said[key] = {**wanted, "spec": live["spec"]}
         if (case := self._cases.get(key)) is not None:
             case.open = False
 
@@ -69,6 +75,14 @@ class Disputes:
         """We deleted it."""
         self._said.pop(key, None)
         self._cases.pop(key, None)
+
+    def unsure(self, key: ObjectKey) -> None:
+        """We may have written it or not: there was no answer."""
+        self._said.pop(key, None)
+
+    def took_over(self) -> None:
+        """From here on this replica writes; what it wrote earlier is not what was written last."""
+        self._said.clear()
 
     def lost(self, wanted: KubeObject, words: str, now_s: float) -> None:
         """The API server says that somebody else owns what we would write."""
@@ -90,8 +104,11 @@ class Disputes:
         if fields:
             self._struck(key, now_s)
             return Judgement(f"{key} was changed by {_listed(fields)}; {_remedy(route)}")
+        if key in self._said and not same(self._said[key], live):
+            struck = self._struck(key, now_s)
+            struck.words = struck.words or f"{key} is written by another meshctl: {RUN_ONE}"
         case = self._cases.get(key)
-        if case is not None and now_s < case.until_s:
+        if case is not None and now_s < case.until_s and not (case.words.endswith(RUN_ONE) and case.strikes == 1):
             return Judgement(f"{case.words or f'{key} was changed by others'}; {_remedy(route)}")
         return FREE
 

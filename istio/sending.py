@@ -95,6 +95,7 @@ class Sender:
             self._refused[key] = (value, str(error), now_s + REFUSED_S)
             log.warning("refused", object=str(key), error=str(error))
         except UnavailableError as error:
+            self._disputes.unsure(key)
             self._back_off(str(error))
         else:
             self._failures, self.trouble = 0, ""
@@ -104,7 +105,7 @@ class Sender:
         live = self._objects.find(key_of(value))
         pin = {"resourceVersion": version_of(live)} if judgement.pinned else {}
         result = await self._objects.apply({**value, "metadata": {**value["metadata"], **pin}}, force=judgement.force)
-        self._disputes.agreed(value)
+        self._disputes.agreed(value, result)
         if same(value, result):
             self._mutated.pop(key_of(value), None)
         else:

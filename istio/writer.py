@@ -122,6 +122,8 @@ class IstioWriter:
             self._planned = True
             self._woken.set()
             self._publish()  # what is new is not in force: nobody may read the status of before as if it were
+        elif self._leading() != self._led:
+            self._woken.set()  # a new leader writes at once what it has known for long
         return changed
 
     def status(self) -> DataPlaneStatus:
@@ -253,6 +255,7 @@ class IstioWriter:
     def _due(self) -> list[Writes]:
         now_s, led = self._clock.now_s(), self._leading()
         if led and not self._led:
+            self._disputes.took_over()
             self._dirty |= dict.fromkeys(sorted(self._routes))
         self._led = led
         if not self._ready():
@@ -314,8 +317,9 @@ class IstioWriter:
         judged = {}
         for value in () if state.target is None else _all(state.target):
             key = key_of(value)
-            if self._sender.same(value, live.get(key)):
-                self._disputes.agreed(value)
+            found = live.get(key)
+            if found is not None and self._sender.same(value, found):
+                self._disputes.agreed(value, found)
             else:
                 judged[key] = self._disputes.judge(route, value, self._objects.find(key), now_s)
         return judged

@@ -235,6 +235,52 @@ async def test_what_is_deleted_again_and_again_is_written_with_back_off() -> Non
         await it.until(lambda: not it.writer.status().conflicts, "the conflict ends")
 
 
+async def test_with_another_meshctl_there_is_no_war() -> None:
+    """It has our own field manager: written over once, then a conflict; after the back-off it is tried again."""
+    async with writing() as it:
+        await in_force(it)
+        rule = next(v for v in render(it.plans[ROUTE]).backends if v["kind"] == DESTINATION_RULE)
+
+        async def other_version() -> None:
+            theirs = copy.deepcopy(dict(rule))
+            theirs["spec"]["trafficPolicy"]["connectionPool"]["tcp"]["connectTimeout"] = "9s"
+            await it.objects.apply(theirs)
+            it.objects.writes.pop()
+
+        await other_version()
+        await it.until(lambda: it.written() == [RULE], "it is written over")
+        await it.settled()
+        await other_version()
+        await it.until(lambda: ROUTE in it.writer.status().conflicts, "the conflict shows")
+        assert "another meshctl" in it.writer.status().conflicts[ROUTE]
+        it.plan(resnet(500))
+        await it.until(lambda: it.written() == [RULE, *ENTRIES], "what is not disputed goes on")
+        await it.settled()
+        assert it.written() == [RULE, *ENTRIES]
+        it.clock.at_s += 61
+        await it.until(lambda: not it.writer.status().conflicts, "after the back-off it is written again")
+        assert it.written() == [RULE, *ENTRIES, RULE]
+
+
+async def test_what_a_former_leader_wrote_is_no_dispute() -> None:
+    """A replica that leads again finds what another one wrote meanwhile, and goes on from there."""
+    async with writing() as it:
+        await in_force(it)
+        it.leads = False
+        await it.until(lambda: not it.writer.leading(), "it follows")
+        it.plan(resnet(500))
+        await it.until(lambda: not it.writer.status().waiting, "a follower waits for nothing")
+        async with writing(Writing(objects=it.objects)) as leader:
+            leader.plan(resnet(600))
+            await leader.settled()
+        it.objects.writes.clear()
+        it.leads = True
+        it.plan(resnet(700))
+        await it.settled()
+        assert it.written() == ENTRIES
+        assert it.writer.status().conflicts == {}
+
+
 async def test_an_api_server_that_does_not_answer_delays_and_loses_nothing() -> None:
     """Unavailable: the status says so, the write is repeated later."""
     async with writing() as it:
