@@ -6,8 +6,10 @@ they change.
 
 from __future__ import annotations
 
+import asyncio
+import sys
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,7 @@ from tests.harness import manifests
 from tests.harness.controller import RunProcess, run_with
 from tests.harness.controller import api as admin_api
 from tests.harness.envoy import Backends, Outcome, load, request
-from tests.harness.tools import until
+from tests.harness.tools import DEADLINE_S, until
 
 NAME = "resnet"
 ISTIO_KINDS = ("VirtualService", "DestinationRule", "ServiceEntry")
@@ -164,15 +166,18 @@ class World:
 
     # -------------------------------------------------------------------------------------------------- who serves it
 
-    def controller(self, *options: str, kubeconfig: Path | None = None) -> AbstractAsyncContextManager[RunProcess]:
+    def controller(
+        self, *options: str, kubeconfig: Path | None = None, program: Sequence[str | Path] = ("-m", "meshctl")
+    ) -> AbstractAsyncContextManager[RunProcess]:
         """A `meshctl run` for this namespace alone, with the rights that deploy/ gives it."""
         self.runs += 1
         where = ("--kubeconfig", str(kubeconfig or self.account), "--namespace", self.namespace)
-        return run_with(self.directory / f"run-{self.runs}.log", *where, "--istio", *TICK, *options)
+        log = self.directory / f"run-{self.runs}.log"
+        return run_with(log, *where, "--istio", *TICK, *options, program=program)
 
-    def confirming(self, *options: str, kubeconfig: Path | None = None) -> AbstractAsyncContextManager[RunProcess]:
-        """One that asks istiod what the gateways acknowledged."""
-        return self.controller("--istiod", self.cluster.istiod_debug, *options, kubeconfig=kubeconfig)
+    def confirming(self, *options: str, **how: Any) -> AbstractAsyncContextManager[RunProcess]:
+        """One that asks istiod what the gateways acknowledged; `how` as for `controller`."""
+        return self.controller("--istiod", self.cluster.istiod_debug, *options, **how)
 
 
 @asynccontextmanager
@@ -217,3 +222,14 @@ async def problems(controller: RunProcess, holds: Callable[[str], bool]) -> str:
 
     await admin_api(controller, "status", said)
     return found
+
+
+async def meshctl(*arguments: str) -> str:
+    """What a command prints, which must succeed."""
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "meshctl", *arguments, stdout=pipe, stderr=pipe
+    )
+    printed, said = await asyncio.wait_for(process.communicate(), DEADLINE_S)
+    assert process.returncode == 0, said.decode()
+    return printed.decode()

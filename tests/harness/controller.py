@@ -10,7 +10,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -221,9 +221,12 @@ def run_process(
 
 
 @asynccontextmanager
-async def run_with(log: Path, *options: str) -> AsyncIterator[RunProcess]:
-    """`meshctl run` on free ports unless `options` say otherwise; killed in the end if it still runs."""
-    command = [sys.executable, "-m", "meshctl", "run", "--xds", "127.0.0.1:0", "--admin", "127.0.0.1:0", *options]
+async def run_with(
+    log: Path, *options: str, program: Sequence[str | Path] = ("-m", "meshctl")
+) -> AsyncIterator[RunProcess]:
+    """`meshctl run` on free ports unless `options` say otherwise; killed in the end if it still runs. `program` stands
+    for another version of meshctl."""
+    command = [sys.executable, *program, "run", "--xds", "127.0.0.1:0", "--admin", "127.0.0.1:0", *options]
     with log.open("wb") as stderr:
         process = await asyncio.create_subprocess_exec(*command, stderr=stderr, start_new_session=True)
     child = RunProcess(process, log)
