@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from istio.names import OURS, route_of
+from istio.names import OURS
+from istio.ownership import route_served
 from meshctl.model import RouteId
 from meshctl.ports import KubeObject, ObjectKey, Objects
 
@@ -50,7 +51,7 @@ class Mirror:
         old: KubeObject | None,
         new: KubeObject | None,
     ) -> None:
-        before, after = (None if value is None else route_of(value) for value in (old, new))
+        before, after = (None if value is None else route_served(value) for value in (old, new))
         if before is not None and before != after:
             changes.setdefault(before, {})[key] = None
         if after is not None:

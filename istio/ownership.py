@@ -45,6 +45,16 @@ def stranger(route: RouteId, live: KubeObject) -> str:
     return f"it is controlled by {others[0]}" if others else ""
 
 
+def route_served(live: KubeObject) -> RouteId | None:
+    """The route that we wrote `live` for. None for others' objects, and for their copies of ours, in whatever name or
+    namespace: those have our label and annotation, but we never wrote them.
+    """
+    route = route_of(live)
+    if route is None or route.partition("/")[0] != live["metadata"].get("namespace") or not managed(live):
+        return None
+    return route
+
+
 def managed(live: KubeObject) -> bool:
     """We have a part in the object, whatever became of its label."""
     entries = live["metadata"].get("managedFields") or ()

@@ -83,6 +83,15 @@ def test_the_field_managers_of_our_own_istio_objects_are_kept() -> None:
     assert str(ours) == before
 
 
+def test_the_field_managers_stay_when_our_label_is_taken_off() -> None:
+    """Otherwise what we wrote would look like somebody else's object, which `resume` never takes back."""
+    written = [{"manager": "meshctl", "operation": "Apply", "fieldsV1": {"f:spec": {}}}, {"manager": "kubectl-label"}]
+    unlabelled = {"metadata": {"name": "n", "namespace": "ns", "managedFields": written}, "spec": {}}
+    assert KINDS["VirtualService"].kept(unlabelled)["metadata"]["managedFields"] == written
+    theirs = {"metadata": {"name": "n", "namespace": "ns", "managedFields": written[1:]}, "spec": {}}
+    assert "managedFields" not in KINDS["VirtualService"].kept(theirs)["metadata"]
+
+
 def test_paths_are_those_of_the_api() -> None:
     """The core group has its own root; a cluster's objects have no namespace."""
     assert KINDS["Pod"].path() == "/api/v1/pods"

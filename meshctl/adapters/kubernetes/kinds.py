@@ -32,11 +32,16 @@ def _whole(raw: Raw) -> Raw:
 
 
 def _with_managers(raw: Raw) -> Raw:
-    """Likewise, but the field managers of what is ours stay: a foreign one among them is a conflict."""
+    """Likewise, but the field managers of what is ours stay: a foreign one among them is a conflict.
+
+    Ours is what has our label, and what we wrote though the label was taken off since.
+    """
     kept = _whole(raw)
     metadata = raw["metadata"]
-    if (metadata.get("labels") or {}).get(MANAGED_BY) == MANAGER and "managedFields" in metadata:
-        kept["metadata"]["managedFields"] = metadata["managedFields"]
+    managers = metadata.get("managedFields") or ()
+    labelled = (metadata.get("labels") or {}).get(MANAGED_BY) == MANAGER
+    if managers and (labelled or any(entry.get("manager") == MANAGER for entry in managers)):
+        kept["metadata"]["managedFields"] = managers
     return kept
 
 
