@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import re
 import ssl
@@ -304,6 +305,7 @@ class Server:
 
     def __init__(self, session: aiohttp.ClientSession, url: str, namespace: str) -> None:
         self._session, self._url, self._namespace = session, url, namespace
+        self._turns = asyncio.Semaphore(8)
 
     async def answer(self, document: str) -> tuple[int, Any]:
         """HTTP status and body for one document, sent as the text it is."""
@@ -314,6 +316,11 @@ class Server:
         headers = {"Content-Type": "application/yaml", "Accept": "application/json"}
         async with self._session.post(url, params=query, data=document.encode(), headers=headers) as response:
             return response.status, orjson.loads(await response.read())
+
+    async def answers(self, documents: str) -> list[tuple[int, Any]]:
+        """Of each document in a text; a few texts at a time."""
+        async with self._turns:
+            return [await self.answer(part) for part in documents.split("---\n")]
 
 
 @asynccontextmanager
@@ -331,8 +338,9 @@ async def asking(cluster: Cluster) -> AsyncIterator[Server]:
 async def verdicts(server: Server, directory: Path, documents: Iterable[str]) -> list[tuple[bool, bool, str]]:
     """For each text: does the API server take all of it, does `meshctl validate`, and what do they say."""
     found = []
-    for index, document in enumerate(documents):
-        answers = [await server.answer(part) for part in document.split("---\n")]
+    wanted = list(documents)
+    asked = await asyncio.gather(*(server.answers(document) for document in wanted))
+    for index, (document, answers) in enumerate(zip(wanted, asked, strict=True)):
         path = directory / f"{index}.yaml"
         path.write_text(document)
         _, faults = read_all([path])
