@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,10 @@ from meshctl.errors import InputError
 
 if TYPE_CHECKING:
     from meshctl.controller.config import ClusterConfig, Config
+    from meshctl.controller.loop import Loop
+
+STARTED_S = 60.0
+"""A start that takes longer waits for somebody else; garbage is collected from then on."""
 
 
 def run(
@@ -115,6 +120,7 @@ async def _serve(config: Config) -> None:
     import asyncio
     import signal
 
+    gc.disable()
     from meshctl.controller.main import running
 
     ended = asyncio.Event()
@@ -126,8 +132,24 @@ async def _serve(config: Config) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end, number)
-    async with running(config):
+    async with running(config) as controller:
+        collecting = asyncio.create_task(_collect_from_now_on(controller.loop))
         await ended.wait()
+        collecting.cancel()
+
+
+async def _collect_from_now_on(loop: Loop) -> None:
+    """Turns the garbage collector on once the first plan is in force.
+
+    Nearly everything that a start makes stays. To look through it again and again is 2 of 13 s of CPU with 10,000
+    endpoints, and later a pause of up to a second at a time: it is left out for good.
+    """
+    from contextlib import suppress
+
+    with suppress(TimeoutError):
+        await loop.wait_for(lambda state: state.published, STARTED_S)
+    gc.freeze()
+    gc.enable()
 
 
 def _positive_s(option: str, text: str) -> float:

@@ -16,6 +16,7 @@ from pathlib import Path
 from istio.confirm import Confirmation, Elapsed, Istiod
 from istio.writer import IstioWriter
 from meshctl.adapters.kubernetes.client import Client, connect
+from meshctl.adapters.kubernetes.kinds import ISTIO, MANDATORY, OPTIONAL
 from meshctl.adapters.kubernetes.lease import Lease
 from meshctl.adapters.kubernetes.source import KubernetesSource
 from meshctl.adapters.kubernetes.status import KubernetesStatus
@@ -69,7 +70,9 @@ async def cluster_parts(config: ClusterConfig, clock: Clock) -> AsyncIterator[Cl
         await loading
         lease = await _lease(stack, client, config.lease)
         told: list[Callable[[], tuple[Problem, ...]]] = [store.problems]
-        source = KubernetesSource(store.reader(), lambda: tuple(p for problems in told for p in problems()))
+        source = KubernetesSource(
+            store.reader(*MANDATORY, *OPTIONAL), lambda: tuple(p for problems in told for p in problems())
+        )
         writer = None
         if config.istio:
             writer = _writer(config, store, clock, lease, source)
@@ -99,7 +102,7 @@ def _writer(
     token = ISTIO_TOKEN if ISTIO_TOKEN.exists() else None
     confirmation: Confirmation = Istiod(config.istiod, clock, token=token) if config.istiod else Elapsed(clock)
     return IstioWriter(
-        store.reader(),
+        store.reader(*ISTIO, "ModelRoute"),
         confirmation,
         clock,
         routes=lambda: source.desired().routes,

@@ -125,9 +125,12 @@ class KubernetesSource:
         now = {key: value for kind in sorted(KINDS) for key, value in self._objects.every(kind).items()}
         if now == self._seen:
             return False
-        before = self._read
-        live = {key: value for key, value in sorted(now.items()) if not value["metadata"].get("deletionTimestamp")}
-        self._seen, self._read = now, {key: _known(key, live[key], before.get(key)) for key in live}
+        before, seen, self._seen, self._read = self._read, self._seen, now, {}
+        for key, value in sorted(now.items()):
+            if (known := before.get(key)) is not None and seen.get(key) is value:
+                self._read[key] = known
+            elif not value["metadata"].get("deletionTimestamp"):
+                self._read[key] = _known(key, value, known)
         same = len(before) == len(self._read) and all(before.get(key) is known for key, known in self._read.items())
         if not same:
             self._declared = {known.key: known.declared for known in self._read.values() if known.declared is not None}

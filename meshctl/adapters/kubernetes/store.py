@@ -94,9 +94,9 @@ class ClusterObjects:
         """For ONE consumer; others take a `reader`. Raises what ended a reflector, if so (a fault of this program)."""
         await self._own.wait_changed()
 
-    def reader(self) -> Reader:
-        """The same objects with a `wait_changed` of its own."""
-        return Reader(self)
+    def reader(self, *kinds: str) -> Reader:
+        """The same objects with a `wait_changed` of its own, which objects of other `kinds` (if given) do not end."""
+        return Reader(self, kinds)
 
     def listen(self, heard: Callable[[ObjectKey | None], object]) -> None:
         """`heard` is called at once with the key of each object that is another now; with None when `missing` is."""
@@ -133,12 +133,18 @@ class ClusterObjects:
 class Reader:
     """`ports.Objects`: the store's objects, and the changes since this reader last waited for one."""
 
-    def __init__(self, store: ClusterObjects) -> None:
+    def __init__(self, store: ClusterObjects, kinds: tuple[str, ...] = ()) -> None:
+        """Woken by objects of `kinds` (empty: all), and whenever `missing` is another."""
         self._store = store
+        self._kinds = frozenset(kinds)
         self._changed = asyncio.Event()
-        store.listen(lambda _: self._changed.set())
+        store.listen(self._hear)
         self.find, self.every, self.missing = store.find, store.every, store.missing
         self.apply, self.delete, self.problems = store.apply, store.delete, store.problems
+
+    def _hear(self, key: ObjectKey | None) -> None:
+        if key is None or not self._kinds or key.kind in self._kinds:
+            self._changed.set()
 
     async def wait_changed(self) -> None:
         """Returns when something changed since the last return: many changes are one. Raises like the store's."""
