@@ -85,9 +85,11 @@ class Disputes:
         self._said.clear()
 
     def lost(self, wanted: KubeObject, words: str, now_s: float) -> None:
-        """The API server says that somebody else owns what we would write."""
-        case = self._struck(key_of(wanted), now_s)
-        case.words = words
+        """The API server says that somebody else owns what we would write: again, where the last back-off is over."""
+        key = key_of(wanted)
+        if (case := self._cases.get(key)) is not None and now_s >= case.until_s:
+            case.open = False
+        self._struck(key, now_s).words = words
 
     def judge(self, route: RouteId, wanted: KubeObject, live: KubeObject | None, now_s: float) -> Judgement:
         """Of writing `wanted` over `live`, which says something else."""
@@ -96,7 +98,7 @@ class Disputes:
             return self._of_deleted(route, key, wanted, now_s)
         if why := stranger(route, live) if not managed(live) else "":
             return Judgement(f"{key} is not meshctl's: {why}; delete or rename it, or rename the ModelRoute {route}")
-        if resumed_at(wanted) not in ("", resumed_at(live)):
+        if resumed_at(wanted) not in ("", resumed_at(live), resumed_at(self._said.get(key))):
             return Judgement(force=True)
         fields = others_fields(wanted, live)
         if fields and key in self._said and same(self._said[key], live):
@@ -108,7 +110,8 @@ class Disputes:
             struck = self._struck(key, now_s)
             struck.words = struck.words or f"{key} is written by another meshctl: {RUN_ONE}"
         case = self._cases.get(key)
-        if case is not None and now_s < case.until_s and not (case.words.endswith(RUN_ONE) and case.strikes == 1):
+        once = case is not None and case.words.endswith(RUN_ONE) and case.strikes == 1
+        if case is not None and case.open and now_s < case.until_s and not once:
             return Judgement(f"{case.words or f'{key} was changed by others'}; {_remedy(route)}")
         return FREE
 

@@ -203,6 +203,21 @@ async def test_resume_takes_back_what_somebody_changed_once() -> None:
         assert sum(w.key == VS for w in it.objects.writes) == 1
 
 
+async def test_who_drops_the_mark_of_a_resume_is_not_written_over_for_ever() -> None:
+    """Whoever puts back a copy from before the resume, mark and all: a conflict like any other, not a war."""
+    async with writing() as it:
+        await in_force(it)
+        it.plan(resumed(resnet(), "2026-01-01T00:00:00Z"))
+        await it.settled()
+        it.objects.writes.clear()
+        theirs = edited(it)
+        del theirs["metadata"]["annotations"]["meshctl.io/resumed-at"]
+        it.objects.put(theirs, manager="kustomize-controller")
+        await it.until(lambda: ROUTE in it.writer.status().conflicts, "the conflict shows")
+        await it.settled()
+        assert it.objects.writes == []
+
+
 async def test_an_object_of_somebody_else_by_that_name_is_never_written() -> None:
     """A VirtualService that was there before the route: a conflict that says what to do."""
     it = Writing()
@@ -233,6 +248,20 @@ async def test_what_is_deleted_again_and_again_is_written_with_back_off() -> Non
         it.clock.at_s += 61
         await it.until(lambda: it.objects.find(VS) is not None, "after the back-off")
         await it.until(lambda: not it.writer.status().conflicts, "the conflict ends")
+
+
+async def test_what_was_deleted_once_and_is_there_again_follows_the_plan() -> None:
+    """An accident that is over holds nothing up."""
+    async with writing() as it:
+        await in_force(it)
+        key = ObjectKey(SERVICE_ENTRY, "team", "resnet.small.size")
+        it.objects.remove(key)
+        await it.until(lambda: it.objects.find(key) is not None, "it is written again")
+        await it.settled()
+        it.plan(resnet(500))
+        await it.settled()
+        assert it.writer.status().conflicts == {}
+        assert it.writer.in_force()[ROUTE]["small"] == {A: 500, B: 500}
 
 
 async def test_with_another_meshctl_there_is_no_war() -> None:
