@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshctl.adapters.kubernetes.lease import Election, Move, Terms
+from meshctl.adapters.kubernetes.store import WRITE_S
 
 TERMS = Terms()
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
@@ -218,3 +219,8 @@ def test_terms_that_cannot_be_safe_are_refused() -> None:
     for renew_s, retry_s in ((13.0, 1.0), (9.0, 5.0), (9.0, 0.0)):
         with pytest.raises(ValueError, match="needs 0 < 2 x retry_s"):
             Terms(renew_s=renew_s, retry_s=retry_s)
+
+
+def test_a_write_of_a_former_leader_is_over_before_another_leads() -> None:
+    """Begun at the last moment, it ends when the Lease can be taken at the earliest: retries included."""
+    assert TERMS.duration_s - TERMS.renew_s >= WRITE_S

@@ -18,6 +18,8 @@ from meshctl.errors import UnavailableError
 from meshctl.model import Problem
 from meshctl.ports import KubeObject, ObjectKey
 
+WRITE_S = 4.0
+"""Longest a write may take. One that was begun by the leader must be over before another replica can lead: see `Terms`."""
 _NONE: Mapping[ObjectKey, KubeObject] = MappingProxyType({})
 
 
@@ -105,14 +107,14 @@ class ClusterObjects:
     # ------------------------------------------------------------------------------------------------------ writing
 
     async def apply(self, wanted: KubeObject, *, force: bool = False) -> KubeObject:
-        raw = await self.client.apply(wanted, force=force)
+        raw = await self.client.apply(wanted, force=force, deadline_s=WRITE_S)
         kind = KINDS[wanted["kind"]]
         if kind.name in self._reflectors:
             self._reflectors[kind.name].wrote(raw)
         return kind.kept(raw)
 
     async def delete(self, key: ObjectKey, uid: str) -> None:
-        await self.client.delete(key, uid=uid)
+        await self.client.delete(key, uid=uid, deadline_s=WRITE_S)
 
     # ------------------------------------------------------------------------------------------------------- change
 
