@@ -108,6 +108,7 @@ class Backends:
     count: int
     served: Counter[str] = field(default_factory=Counter)
     addresses: list[str] = field(default_factory=list)
+    _leaving: set[int] = field(default_factory=set)
     _runners: list[web.AppRunner] = field(default_factory=list)
 
     async def __aenter__(self) -> Self:
@@ -121,7 +122,10 @@ class Backends:
 
         async def answer(_: web.Request) -> web.Response:
             self.served[self.addresses[index]] += 1
-            return web.Response(text=self.addresses[index])
+            response = web.Response(text=self.addresses[index])
+            if index in self._leaving:
+                response.force_close()
+            return response
 
         app.router.add_route("*", "/{tail:.*}", answer)
         # Header limits above Envoy's: a long header must get through to be seen served.
@@ -131,6 +135,20 @@ class Backends:
         await site.start()
         self._runners.append(runner)
         self.addresses.append(f"127.0.0.1:{runner.addresses[0][1]}")
+
+    async def leave(self, index: int) -> None:
+        """As a server does that is told to end: no new connections, and each one closed after its next answer."""
+        self._leaving.add(index)
+        for site in list(self._runners[index].sites):
+            await site.stop()
+
+    async def die(self, index: int) -> None:
+        """As a server does that is killed: every connection is reset, whatever was asked on it."""
+        await self.leave(index)
+        server = self._runners[index].server
+        for connection in server.connections if server is not None else ():
+            if connection.transport is not None:
+                connection.transport.abort()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
