@@ -4,7 +4,7 @@ Invariant: never do two processes believe at once that they lead. A holder belie
 BEFORE it sent the request that renewed the Lease; a candidate takes the Lease over when it has seen it unchanged for
 the holder's `duration_s`, counted from AFTER it received it, which is later. Both count on monotonic clocks, of which
 none must run faster than the other by more than duration/renew (13/9); the times written into the object are for
-people. A write is begun by who leads, and is over within duration - renew seconds (`store.WRITE_S`): before another can.
+people. A write is begun by who leads, and is over within duration - renew seconds (`store.WRITE_S`), before another is.
 
 Own, and not `kubernetes.aio.leaderelection` (37.0), which shares the protocol and the object but: counts on the wall
 clock, which steps; renews by requests that may hang for 5 minutes while it goes on leading; ends on any error that is

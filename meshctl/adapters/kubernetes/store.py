@@ -19,7 +19,7 @@ from meshctl.model import Problem
 from meshctl.ports import KubeObject, ObjectKey
 
 WRITE_S = 4.0
-"""Longest a write may take. One that was begun by the leader must be over before another replica can lead: see `Terms`."""
+"""Longest a write may take. What the leader begins must be over before another replica can lead (`lease.Terms`)."""
 _NONE: Mapping[ObjectKey, KubeObject] = MappingProxyType({})
 
 
