@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Gets the real programs that the tests start; no root, nothing outside the cache, no service started.
 #
-#   scripts/tools.sh [NAME...]     install what is missing (default: all but containerd); prints VARIABLE=PATH for each
+#   scripts/tools.sh [NAME...]     install what is missing (default: all; containerd only as root); prints VARIABLE=PATH of each
 #   scripts/tools.sh where NAME    print the path of an installed one; exit 3 when it is not installed
 #
 # NAME: prometheus  Debian's package, checked by apt's signatures; its path is the program's, the others' is a folder
@@ -103,6 +103,8 @@ install_containerd() {
   debian_programs "$1" containerd usr/bin/{containerd,containerd-shim-runc-v2,ctr}
   debian_programs "$1" runc usr/sbin/runc
   debian_programs "$1" busybox-static bin/busybox
+  "$1/containerd" --version >/dev/null 2>&1 && "$1/runc" --version >/dev/null 2>&1 ||
+    die "Debian's containerd or runc does not run on this machine"
 }
 
 # go_builds COMMAND...: runs it in the background's priority; its output is shown when it fails.
@@ -193,6 +195,7 @@ main() {
     set -- prometheus triton etcd
     if command -v go >/dev/null; then
       set -- "$@" kubernetes istio
+      if ((EUID == 0)); then set -- "$@" containerd; fi # without root, no kubelet runs
     else
       say "no Go here, so no Kubernetes and no Istio: the tests that need them are skipped (in CI they fail)"
     fi

@@ -137,9 +137,9 @@ class Cluster:
     def _write_secrets(self) -> None:
         with (self.directory / "tokens.csv").open("w", newline="") as tokens:
             csv.writer(tokens).writerow((self._token, ADMIN, ADMIN, "system:masters"))
-        subprocess.run(
-            ("openssl", "genrsa", "-out", self._key, "2048"), check=True, capture_output=True, timeout=DEADLINE_S
-        )
+        identity = ("-x509", "-subj", "/O=system:masters/CN=kube-apiserver", "-out", self.apiserver.identity)
+        made = ("openssl", "req", *identity, "-newkey", "rsa:2048", "-nodes", "-keyout", self._key)
+        subprocess.run(made, check=True, capture_output=True, timeout=DEADLINE_S)
 
     def _write_kubeconfig(self, path: Path, user: str, token: str, namespace: str = "default") -> None:
         authority = base64.b64encode(self.apiserver.certificate.read_bytes()).decode()

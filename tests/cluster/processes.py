@@ -97,7 +97,8 @@ class Etcd(ToolProcess):
 class ApiServer(ToolProcess):
     """kube-apiserver with RBAC and static tokens; its port stays its own while it is stopped, until `close`.
 
-    `tokens` are Kubernetes' own token file: token,user,uid,"groups". `key` signs the service accounts' tokens.
+    `tokens` are Kubernetes' own token file: token,user,uid,"groups". `key` signs the service accounts' tokens, and
+    is the server's own towards kubelets, with the certificate `identity`.
     """
 
     name = "kube-apiserver"
@@ -111,6 +112,8 @@ class ApiServer(ToolProcess):
         self.url = f"https://127.0.0.1:{self._reserved.getsockname()[1]}"
         self.certificate = directory / "pki" / "apiserver.crt"
         """Made by the server itself: its certificate, and the authority's, which clients trust."""
+        self.identity = key.with_suffix(".crt")
+        """What it shows to kubelets; signed by itself, so it is the authority too."""
 
     def close(self) -> None:
         self._reserved.close()
@@ -136,6 +139,8 @@ class ApiServer(ToolProcess):
             "--service-cluster-ip-range=198.51.100.0/24",  # TEST-NET-2: leads nowhere
             "--endpoint-reconciler-type=none",
             "--kubelet-preferred-address-types=Hostname",
+            f"--kubelet-client-certificate={self.identity}",
+            f"--kubelet-client-key={self._key}",
             "--profiling=false",
         )
 
