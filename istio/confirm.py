@@ -82,12 +82,16 @@ class Confirmation(Protocol):
 
 
 class Elapsed:
-    """Confirmed `settle_s` seconds after it was written: where istiod can't be asked. It sees no proxies."""
+    """Confirmed some time after it was written: where istiod can't be asked. It sees no proxies.
+
+    `settle_s` for what is added, as long as istiod usually needs. `longest_s` for a VirtualService, on which only taking
+    away waits: istiod that has pushed no VirtualService yet would take a cluster away from under it, and requests fail.
+    """
 
     problem = ""
 
-    def __init__(self, clock: Clock, settle_s: float = 2.0) -> None:
-        self._clock, self._settle_s = clock, settle_s
+    def __init__(self, clock: Clock, settle_s: float = 2.0, longest_s: float = LONGEST_S) -> None:
+        self._clock, self._settle_s, self._longest_s = clock, settle_s, longest_s
         self._since: dict[Written, float] = {}
         self._told: Collection[Written] = frozenset()
         self._changed = asyncio.Event()
@@ -102,7 +106,7 @@ class Elapsed:
 
     def confirmed(self) -> Collection[Written]:
         now_s = self._clock.now_s()
-        return frozenset(w for w, since_s in self._since.items() if now_s - since_s >= self._settle_s)
+        return frozenset(w for w, since_s in self._since.items() if now_s - since_s >= self._needs_s(w))
 
     def proxies(self) -> tuple[ProxyStatus, ...]:
         return ()
@@ -111,11 +115,14 @@ class Elapsed:
         """Returns when one became due since the last time."""
         while (confirmed := self.confirmed()) == self._told:
             now_s = self._clock.now_s()
-            due = [since_s + self._settle_s - now_s for w, since_s in self._since.items() if w not in confirmed]
+            due = [since_s + self._needs_s(w) - now_s for w, since_s in self._since.items() if w not in confirmed]
             self._changed.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), max(0.01, min(due)) if due else None)
         self._told = confirmed
+
+    def _needs_s(self, written: Written) -> float:
+        return self._longest_s if written.key.kind == VIRTUAL_SERVICE else self._settle_s
 
     async def stop(self) -> None:
         """Nothing to do."""

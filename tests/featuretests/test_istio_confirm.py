@@ -85,7 +85,7 @@ def test_clusters_that_istiod_does_not_send_before_use_are_known_in_the_end() ->
 async def test_without_istiod_time_must_do() -> None:
     """Each write is confirmed so long after it was first asked about, also when others are asked about meanwhile."""
     clock = ManualClock()
-    elapsed = Elapsed(clock, 2.0)
+    elapsed = Elapsed(clock, 2.0, 2.0)
     elapsed.watch([ENTRY])
     clock.at_s += 1.5
     elapsed.watch([ENTRY, ROOT])
@@ -99,6 +99,17 @@ async def test_without_istiod_time_must_do() -> None:
     async with asyncio.timeout(DEADLINE_S):
         await waits
     assert set(elapsed.confirmed()) == {ROOT}
+
+
+def test_without_istiod_taking_away_waits_for_its_longest_debounce() -> None:
+    """Removed before the VirtualService that no longer names it is pushed, a cluster would be missed."""
+    clock = ManualClock()
+    elapsed = Elapsed(clock)
+    elapsed.watch([ENTRY, ROOT, GONE])
+    clock.at_s += LONGEST_S - 0.1
+    assert set(elapsed.confirmed()) == {ENTRY}
+    clock.at_s += 0.1
+    assert set(elapsed.confirmed()) == {ENTRY, ROOT, GONE}
 
 
 @dataclass
