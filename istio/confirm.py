@@ -85,7 +85,7 @@ class Elapsed:
     """Confirmed some time after it was written: where istiod can't be asked. It sees no proxies.
 
     `settle_s` for what is added, as long as istiod usually needs. `longest_s` for a VirtualService, on which only taking
-    away waits: istiod that has pushed no VirtualService yet would take a cluster away from under it, and requests fail.
+    away waits: before it is pushed, clusters would be taken away from under the one in force, and requests fail.
     """
 
     problem = ""
