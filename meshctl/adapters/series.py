@@ -97,8 +97,8 @@ class Formula:
     over: str | None = None
     scale: float = 1.0
     rate: bool = True
-    most: float = 1e9
-    """A larger result is not believed."""
+    most: float = 1e8
+    """A larger result is not believed; more requests per second than any fleet's."""
     per_server: bool = False
     """Divided by the endpoint's concurrency, and 1 at most: time is credited when a request ends, so that a short
     window may hold more of it than has passed."""

@@ -4,7 +4,9 @@ moves, nothing is written twice, and people are told."""
 from __future__ import annotations
 
 import signal
+import time
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,8 @@ import pytest
 from tests.cluster.cluster import GATEWAY, OUR_CRDS, Cluster, KubectlError
 from tests.cluster.proxy import ApiProxy
 from tests.cluster.world import NAME, World, decisions, meshctl, problems, world
-from tests.harness.controller import RunProcess
+from tests.harness.controller import RunProcess, api
+from tests.harness.pages import EMPTY, Bad, Pages, Reply, http, json_answer, query_of
 from tests.harness.tools import completed, page, until
 
 pytestmark = pytest.mark.cluster
@@ -298,3 +301,78 @@ def _root(here: World, timeout: str) -> dict[str, Any]:
 
 def _json(value: Any) -> str:
     return orjson.dumps(value).decode()
+
+
+async def test_a_prometheus_that_lies_moves_nothing(cluster: Cluster, tmp_path: Path) -> None:
+    """Values that can't be, samples of long ago, no answers at all: the weights stay and nothing is written; the route
+    says that its metrics are not fresh, the controller why; the truth ends it."""
+    async with world(cluster, tmp_path) as here, Pages(lambda path: http("")) as prometheus:
+        servers = [{**e, "metricsPort": e["port"]} for e in here.endpoints()]
+        instances = [f"{e['address']}:{e['port']}" for e in servers]
+        prometheus.reply = _prometheus(instances)
+        guard = {"staleAfter": "1s", "decay": "1h"}
+        await here.apply(backend={"endpoints": servers}, guard=guard)
+        async with here.confirming("--prometheus", prometheus.url) as controller:
+            path = f"routes/{here.namespace}/{NAME}"
+            await api(controller, path, lambda route: _fresh(route) == "True")
+            await here.until_condition("Ready", "True")
+            before = await here.steady(controller)
+            for name, (lie, fresh) in _lies(instances).items():
+                prometheus.reply = lie
+                await api(controller, path, lambda route, fresh=fresh: _fresh(route) == fresh)  # type: ignore[misc]
+                await decisions(controller, 8)
+                assert await here.istio_versions() == before, name
+                status = await api(controller, "status")
+                assert status["problems"]["signals"] or name == "old samples", name
+                prometheus.reply = _prometheus(instances)
+                await api(controller, path, lambda route: _fresh(route) == "True")
+            await decisions(controller, 8)
+            assert await here.istio_versions() == before
+            prometheus.reply = _prometheus(instances, "-1")
+            await here.until_condition("MetricsFresh", "False", "SignalStale")
+
+
+TRUTH = {
+    "compute_input": "0.006",
+    "exec_count": "0.2",
+    "queue_duration": "0.001",
+    "inference_count": "1",
+    "pending": "0",
+    "request_failure": "0",
+    "nv_gpu_utilization": "0.3",
+    "request_success": "5",
+}
+"""What a query is answered, by the first of these words that is in it."""
+
+
+def _prometheus(instances: Sequence[str], value: str = "", age_s: float = 0.0) -> Callable[[str], bytes]:
+    """One that knows Triton's series of these servers: the truth, or `value` for everything, sampled `age_s` ago."""
+
+    def reply(path: str) -> bytes:
+        query = query_of(path)
+        known = next((number for word, number in TRUTH.items() if word in query), None)
+        if known is None:
+            return EMPTY
+        said = str(time.time() - age_s) if "timestamp(" in query else value or known
+        labels = [{"instance": instance, "model": "resnet50"} for instance in instances]
+        result = [{"metric": each, "value": [time.time(), said]} for each in labels]
+        return json_answer({"status": "success", "data": {"resultType": "vector", "result": result}})
+
+    return reply
+
+
+def _lies(instances: Sequence[str]) -> Mapping[str, tuple[Callable[[str], Reply], str]]:
+    """What is answered, and whether the metrics are fresh then: a ratio of NaN is 0/0, the news that nothing came."""
+    return {
+        "NaN": (_prometheus(instances, "NaN"), "True"),
+        **{value: (_prometheus(instances, value), "False") for value in ("-1", "+Inf", "1e9")},
+        "old samples": (_prometheus(instances, age_s=3600.0), "False"),
+        "a page": (lambda _: http("<html>welcome</html>", content_type="text/html"), "False"),
+        "half an answer": (lambda _: http('{"status": "success", "data": {"resultType": "vec'), "False"),
+        "an error": (lambda _: http("overloaded", status=503), "False"),
+        "silence": (lambda _: Bad.HANG, "False"),
+    }
+
+
+def _fresh(route: Any) -> str:
+    return str(next(c["status"] for c in route["conditions"] if c["type"] == "MetricsFresh"))

@@ -129,6 +129,20 @@ class World:
         found = {name: value["metadata"]["resourceVersion"] for name, value in (await self.objects()).items()}
         return {name: version for name, version in found.items() if name.startswith(kind)}
 
+    async def steady(self, controller: RunProcess) -> dict[str, str]:
+        """`istio_versions`, once they are the same before and after 8 decisions."""
+        before: dict[str, str] = {}
+
+        async def still() -> bool:
+            nonlocal before
+            last, before = before, await self.istio_versions()
+            if last == before:
+                await decisions(controller, 8)
+            return last == before == await self.istio_versions()
+
+        await until(still, "nothing is written any more")
+        return before
+
     async def weights(self) -> dict[str, dict[int, int]]:
         """ServiceEntry -> weights by endpoint's port, as they are live."""
         return {
