@@ -105,8 +105,9 @@ class Node:
 
     def __init__(self, cluster: Cluster, directory: Path, config: Mapping[str, Any] | None = None) -> None:
         require_node()
-        if any(directory.is_relative_to(hidden) for hidden in _HIDDEN):
-            raise ValueError(f"{directory}: a node covers {', '.join(_HIDDEN)} with its own; choose another directory")
+        for needed in (directory, require("containerd"), binary("kubelet")):
+            if any(needed.resolve().is_relative_to(hidden) for hidden in _HIDDEN):
+                raise ValueError(f"a node covers {', '.join(_HIDDEN)} with its own: {needed} must be elsewhere")
         self.directory = directory
         self.cgroup = f"meshctl-{secrets.token_hex(4)}"
         """Of all its pods, below the root of each hierarchy."""
@@ -201,11 +202,10 @@ class Enclave(ToolProcess):
         return self._ready.exists()
 
     def stop(self, number: signal.Signals = signal.SIGKILL) -> None:
-        """Returns when nothing in it runs: the kernel ends them all with the first, and then tells its parent."""
+        """Returns when nothing in it runs: with the first process the kernel ends them all, then tells its parent."""
         if self.process is not None and self.process.poll() is None:
-            with suppress(ProcessLookupError, ValueError):  # it ends by itself
+            with suppress(OSError, ValueError, subprocess.TimeoutExpired):  # it is not there yet, or no more
                 os.kill(self.init, signal.SIGKILL)
-            with suppress(subprocess.TimeoutExpired):
                 self.process.wait(DEADLINE_S)
         super().stop(signal.SIGKILL)
 
@@ -330,6 +330,7 @@ class Kubelet(ToolProcess):
             "enforceNodeAllocatable": [],
             "makeIPTablesUtilChains": False,
             "resolvConf": "",
+            "nodeStatusUpdateFrequency": "1s",  # how soon a device plugin's devices are allocatable; 10 s by default
             # It evicts no pod and removes no image on a machine whose disk others fill.
             "evictionHard": {"memory.available": "1Mi"},
             "imageGCHighThresholdPercent": 100,
