@@ -19,7 +19,7 @@ from meshctl.model import DesiredRoute, Endpoint, EndpointId, EndpointSignals, S
 from meshctl.ports import Observed, SignalSource
 from tests.harness.pages import route
 from tests.harness.prometheus import PrometheusProcess
-from tests.harness.tools import until
+from tests.harness.tools import completed, page, until
 from tests.harness.triton import TritonModel, TritonProcess
 
 pytestmark = [pytest.mark.triton, pytest.mark.alone]
@@ -74,6 +74,16 @@ async def send(triton: TritonProcess, batches: Sequence[int], *, fail: bool = Fa
     return sent
 
 
+async def counted(triton: TritonProcess, total: int, counter: str = "nv_inference_exec_count") -> None:
+    """Returns when Triton, which answers first and counts then, has counted `total`."""
+
+    async def all_of_them() -> bool:
+        text = await completed(page, f"http://{triton.metrics}/metrics") or ""
+        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(counter + "{")) >= total
+
+    await until(all_of_them, f"{counter} is {total}")
+
+
 @pytest.fixture
 async def triton(tmp_path: Path) -> AsyncIterator[TritonProcess]:
     async with TritonProcess(tmp_path / "triton", MODEL) as started:
@@ -88,6 +98,7 @@ async def test_service_time_and_batch_are_those_of_the_requests(triton: TritonPr
     assert first.completed_rps is Signal.ABSENT
     assert first.pending.value == 0.0
     sent = await send(triton, [batch] * 20)
+    await counted(triton, 20)
     found = await seen(source, of)
     await source.stop()
     service_s = BASE_S + PER_ITEM_S * batch
@@ -109,6 +120,7 @@ async def test_a_mix_has_the_mean_batch(triton: TritonProcess) -> None:
     source, of = scrape(), route(endpoint(triton))
     await seen(source, of)
     sent = await send(triton, [1, 3, 8] * 8)
+    await counted(triton, 24)
     found = await seen(source, of)
     await source.stop()
     assert found.batch.value == pytest.approx(4.0)
@@ -122,6 +134,8 @@ async def test_failures_are_not_completions(triton: TritonProcess) -> None:
     await seen(source, of)
     assert set((await send(triton, [2] * 10)).statuses) == {200}
     assert 200 not in (await send(triton, [2] * 5, fail=True)).statuses
+    await counted(triton, 10)
+    await counted(triton, 5, "nv_inference_request_failure")
     found = await seen(source, of)
     await source.stop()
     assert found.failed_rps.value is not None
