@@ -65,6 +65,17 @@ class Rendered:
     """ServiceEntries, then DestinationRules."""
     virtual_service: KubeObject
 
+    def sharing(self, live: Mapping[ObjectKey, KubeObject]) -> Rendered:
+        """The same, where `live` says the same with the very objects of it."""
+        return Rendered(
+            self.route, tuple(_sharing(v, live) for v in self.backends), _sharing(self.virtual_service, live)
+        )
+
+
+def _sharing(value: KubeObject, live: Mapping[ObjectKey, KubeObject]) -> KubeObject:
+    spec = live.get(key_of(value), {}).get("spec")
+    return {**value, "spec": spec} if spec is not value["spec"] and spec == value["spec"] else value
+
 
 def render(plan: RoutePlan) -> Rendered:
     """The objects of one route that is `meshed`."""

@@ -58,6 +58,7 @@ def decide(snapshot: Snapshot, memory: Memory, now_s: float) -> tuple[Plan, Memo
             and before.signals is signals
             and (before.gateways, before.follows) == inputs
             and now_s < before.due_s
+            and not (before.waits and budget.left > 0)
         ):
             after = _decide_route(route, signals, inputs, before, now_s, budget)
         if after.plan is None:
@@ -100,11 +101,7 @@ def _decide_route(
     move = _move(look, solved, before, now_s, hold)
     plan = _plan(look, solved, move.table, before, (*reasons, *move.reasons, *look.reasons))
     settled = guard.largest_change(move.table, solved.target) <= route.spec.guard.dead_band_ratio
-    calm = (
-        settled
-        and solved.key != INTERIM
-        and all(h.state is State.HEALTHY and h.stuck_since_s is None for h in look.health.values())
-    )
+    calm = settled and all(h.state is State.HEALTHY and h.stuck_since_s is None for h in look.health.values())
     return RouteMemory(
         current=move.table,
         solved=solved,
@@ -119,6 +116,7 @@ def _decide_route(
         gateways=gateways,
         follows=follows,
         due_s=due_s(look, signals, now_s) if calm or look.frozen else now_s + RECHECK_S,
+        waits=calm and solved.key == INTERIM and hold is None and not look.frozen,
         plan=plan,
     )
 

@@ -40,7 +40,7 @@ class Solved:
 
 @dataclass(frozen=True, slots=True)
 class RouteMemory:
-    """Of one route. The last six fields are not saved: they let an unchanged route be recognised at once."""
+    """Of one route. The last seven fields are not saved: they let an unchanged route be recognised at once."""
 
     current: Table = field(default_factory=_empty)
     """Shares in force."""
@@ -59,7 +59,9 @@ class RouteMemory:
     gateways: int = 0
     follows: bool = False
     due_s: float = 0.0
-    """With the same inputs nothing changes before this time."""
+    """With the same inputs nothing changes before this time ..."""
+    waits: bool = False
+    """... unless this is its turn at the solver, which is all that it waits for."""
     plan: RoutePlan | None = None
 
 
