@@ -71,7 +71,8 @@ class Metadata(Strict):
     generation: int = 0
     deletion_timestamp: str | None = None
     """Since when it is being deleted; None when it is not."""
-    creation_timestamp: Unread = None
+    creation_timestamp: Annotated[str, BeforeValidator(lambda value: value if isinstance(value, str) else "")] = ""
+    """These sort as text. "" when it is not from a cluster."""
     deletion_grace_period_seconds: Unread = None
     finalizers: Unread = None
     generate_name: Unread = None

@@ -25,7 +25,8 @@ Objects of `{API_VERSION}`. The same manifests work in a directory (`meshctl run
 - Shares and ratios are 0..1. Only `percentile` is a percentage, 0..100.
 - A route uses the ModelProfiles of its own namespace (`default` where a file names none).
 - A field that is null is one that is not there.
-- Of two routes that want the same host, and of two profiles for the same model and GPU, the first by name is used.
+- Of two routes that want the same host, and of two profiles for the same model and GPU, the oldest is used, and of
+  files, which have no age, the first by name.
 """
 
 

@@ -146,10 +146,10 @@ class Resolver:
 
 
 def _survey(objects: Mapping[Key, Declared], before: _Survey) -> _Survey:
-    ordered = [objects[key] for key in sorted(objects)]
+    ordered = [objects[key] for key in sorted(objects, key=lambda key: (_created(objects[key]), key))]
     profiles, faults = _profiles(ordered)
     claims: dict[RouteId, _Claim] = {}
-    owners: dict[tuple[str, str], RouteId] = {}
+    owners: dict[tuple[str, str], Declared] = {}
     for declared in ordered:
         route = declared.value
         if not isinstance(route, ModelRoute):
@@ -160,7 +160,13 @@ def _survey(objects: Mapping[Key, Declared], before: _Survey) -> _Survey:
         faults += taken
         if hosts:
             claims[route.id] = claim if hosts == claim.spec.hosts else claim.with_hosts(hosts)
+    claims = {route_id: claims[route_id] for route_id in sorted(claims)}
     return _Survey(objects, claims, before.profiles if profiles == before.profiles else profiles, tuple(faults))
+
+
+def _created(declared: Declared) -> str:
+    """What is oldest goes first, so that no new object takes anything from one that is in use; files have no age."""
+    return declared.value.metadata.creation_timestamp
 
 
 def _claim(declared: Declared, route: ModelRoute) -> _Claim:
@@ -197,14 +203,14 @@ def _named(declared: Declared) -> str:
 
 
 def _free_hosts(
-    declared: Declared, wanted: tuple[str, ...], spec: RouteSpec, owners: dict[tuple[str, str], RouteId]
+    declared: Declared, wanted: tuple[str, ...], spec: RouteSpec, owners: dict[tuple[str, str], Declared]
 ) -> tuple[tuple[str, ...], list[Fault]]:
     """The hosts that no route before it has on any of its gateways (these are now its own), and a fault for each that
     one has."""
     if spec.delegate:
         return wanted, []
     gateways = spec.gateways or (OWN_PROXIES,)
-    taken: dict[str, tuple[str, RouteId]] = {}
+    taken: dict[str, tuple[str, Declared]] = {}
     for gateway, host in itertools.product(gateways, wanted):
         if (gateway, host) in owners:
             taken.setdefault(host, (gateway, owners[gateway, host]))
@@ -212,15 +218,15 @@ def _free_hosts(
     faults = [
         declared.fault(
             f"spec.hosts[{index}]",
-            f"{host!r} is served by ModelRoute {taken[host][1]}"
+            f"{host!r} is served by {taken[host][1].key}"
             + (f" on gateway {taken[host][0]}" if taken[host][0] else "")
-            + ", which comes first by name; "
+            + f", which {'comes first by name' if _created(taken[host][1]) == _created(declared) else 'is older'}; "
             + ("choose other hosts" if free else "this route serves nothing until it has a host of its own"),
         )
         for index, host in enumerate(wanted)
         if host in taken
     ]
-    owners.update({(gateway, host): spec.id for gateway in gateways for host in free})
+    owners.update({(gateway, host): declared for gateway in gateways for host in free})
     return free, faults
 
 

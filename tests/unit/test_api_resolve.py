@@ -56,6 +56,28 @@ def test_a_host_is_taken_per_gateway() -> None:
     ]
 
 
+def aged(value: dict[str, Any], created: str) -> dict[str, Any]:
+    return {**value, "metadata": {**value["metadata"], "creationTimestamp": created}}
+
+
+def test_a_new_route_takes_no_host_from_one_that_is_served() -> None:
+    """In a cluster the older route keeps a host, whatever the two are called; so do profiles."""
+    old, new = "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"
+    found = resolve(
+        objects(
+            aged(route("a", hosts=["x.com"]), new),
+            aged(route("z", hosts=["x.com"]), old),
+            aged(profile("a", gpu="V100"), new),
+            aged(profile("z", gpu="V100"), old),
+        ),
+        {},
+    )
+    assert list(found.routes) == ["default/z"]
+    taken, *_ = [fault for fault in found.faults if fault.subject == "ModelRoute default/a"]
+    assert taken.message.startswith("'x.com' is served by ModelRoute default/z, which is older;")
+    assert [fault.subject for fault in found.faults if "already describes" in fault.message] == ["ModelProfile default/a"]
+
+
 def test_a_gateway_is_the_same_with_and_without_its_namespace() -> None:
     """``public`` of a route in ``default`` is ``default/public``."""
     found = resolve(objects(route("a", gateways=["public"]), route("b", gateways=["default/public"])), {})

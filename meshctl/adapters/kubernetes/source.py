@@ -37,6 +37,7 @@ QUIET_S = 0.02
 
 Read = dict[str, Any]
 """What of an object is read."""
+_IDENTITY = ("name", "namespace", "uid", "generation", "creationTimestamp")
 
 
 class KubernetesSource:
@@ -170,7 +171,7 @@ def _known(name: ObjectKey, value: KubeObject, before: _Known | None) -> _Known:
 
 def _read_of(value: KubeObject) -> Read:
     metadata = value["metadata"]
-    kept = {name: metadata[name] for name in ("name", "namespace", "uid", "generation") if name in metadata}
+    kept = {name: metadata[name] for name in _IDENTITY if name in metadata}
     annotations = metadata.get("annotations") or {}
     own = {name: text for name, text in annotations.items() if name.startswith(OWN_ANNOTATIONS)}
     identity = {name: value[name] for name in ("apiVersion", "kind") if name in value}
