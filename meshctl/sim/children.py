@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -35,8 +36,8 @@ _TAIL = 2000
 _VIEW = TypeAdapter(RouteView)
 
 
-class Child:
-    """One process; subclasses give `name`, and `_ready`, which raises MeshctlError while it is not."""
+class Child(ABC):
+    """One process; subclasses give `name` and `_ready`."""
 
     name = "child"
 
@@ -97,8 +98,9 @@ class Child:
         if self._process.returncode is not None:
             raise MeshctlError(await self.ended())
 
+    @abstractmethod
     async def _ready(self) -> None:
-        raise NotImplementedError
+        """Return once it is ready; raises MeshctlError while it is not."""
 
     async def _get(self, url: str) -> bytes:
         if self._http is None:

@@ -12,6 +12,7 @@ import ssl
 import subprocess
 import time
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -86,7 +87,7 @@ async def completed(function: Callable[..., T], *arguments: object) -> T:
         raise
 
 
-class ToolProcess:
+class ToolProcess(ABC):
     """A child with its log in `directory`; started when it says that it is ready, by default with a 200 at `ready_url`.
 
     Subclasses give `command` for the ports that were chosen. A program that ends at once (its port was taken in the
@@ -106,15 +107,17 @@ class ToolProcess:
         self.ports: list[int] = []
         self.process: subprocess.Popen[bytes] | None = None
 
+    @abstractmethod
     def command(self) -> Sequence[str | Path]:
-        raise NotImplementedError
+        """Of the program, for the ports that were chosen."""
 
     def environment(self) -> Mapping[str, str]:
         return os.environ
 
     @property
     def ready_url(self) -> str:
-        raise NotImplementedError
+        """What answers 200 when it is ready; of no use to a subclass that has another `ready`."""
+        return ""
 
     def ready(self) -> bool:
         """Whether it is, now."""
