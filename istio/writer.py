@@ -24,6 +24,7 @@ import structlog
 from istio.analyze import ISTIO_KINDS, Known, Severity, check
 from istio.confirm import Confirmation
 from istio.disputes import FREE, Disputes, Judgement
+from istio.gateways import absent
 from istio.mirror import Mirror
 from istio.names import OURS, VIRTUAL_SERVICE, key_of
 from istio.ownership import managed, same
@@ -377,7 +378,7 @@ class IstioWriter:
         if missing:
             return missing if state.wanted is not None else ""
         if not (state.waiting or route in self._dirty):
-            return ""
+            return absent(state.target.virtual_service, self._objects) if state.target is not None else ""
         trouble = self._sender.trouble or (self._confirmation.problem if state.awaits else "")
         return "; ".join(filter(None, (state.waiting or "being written", trouble)))
 

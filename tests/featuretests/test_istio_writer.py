@@ -388,6 +388,24 @@ async def test_without_istios_crds_it_says_so_and_goes_on_when_they_arrive() -> 
         await it.until(lambda: it.objects.find(VS) is not None, "the route is there")
 
 
+async def test_a_route_whose_gateway_does_not_exist_is_written_and_says_that_it_waits() -> None:
+    """Nobody is served by it, whoever acknowledges; once the Gateway is there nothing more is to be done."""
+    key = ObjectKey("Gateway", "istio-system", "ingress")
+    it = Writing()
+    gateway = it.objects.find(key)
+    assert gateway is not None
+    it.objects.remove(key)
+    async with writing(it):
+        await in_force(it)
+        await it.until(lambda: "Gateway istio-system/ingress" in it.writer.status().waiting.get(ROUTE, ""), "it waits")
+        it.objects.put(gateway)
+        await it.until(lambda: not it.writer.status().waiting, "it is served")
+        it.objects.remove(key)
+        await it.until(lambda: ROUTE in it.writer.status().waiting, "it waits again")
+        await it.settled()
+        assert it.objects.writes == []
+
+
 async def test_a_route_that_leaves_the_mesh_takes_its_objects_with_it() -> None:
     """Without gateways it is served by our xDS alone; a route that never was in the mesh has no objects."""
     async with writing() as it:

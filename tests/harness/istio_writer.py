@@ -11,6 +11,7 @@ from istio.steps import Written
 from istio.writer import IstioWriter
 from meshctl.model import Plan, ProxyStatus, RouteId, RoutePlan
 from meshctl.ports import ObjectKey
+from tests.harness.istio_plans import GATEWAY
 from tests.harness.objects import MemoryObjects
 from tests.harness.tools import DEADLINE_S
 
@@ -64,11 +65,17 @@ class ToldConfirmation:
         await self._changed.wait()
 
 
+def _with_gateway() -> MemoryObjects:
+    namespace, _, name = GATEWAY.partition("/")
+    metadata = {"namespace": namespace, "name": name}
+    return MemoryObjects({"apiVersion": "networking.istio.io/v1", "kind": "Gateway", "metadata": metadata, "spec": {}})
+
+
 @dataclass
 class Writing:
-    """A writer and everything around it."""
+    """A writer and everything around it; the Gateway of `istio_plans` is there."""
 
-    objects: MemoryObjects = field(default_factory=MemoryObjects)
+    objects: MemoryObjects = field(default_factory=_with_gateway)
     confirmation: ToldConfirmation = field(default_factory=ToldConfirmation)
     clock: ManualClock = field(default_factory=ManualClock)
     leads: bool = True
