@@ -174,3 +174,32 @@ def reasons(plan: RoutePlan, code: ReasonCode, subject: str | None = None) -> li
 def text(plan: Plan) -> str:
     """Every byte of a plan that anybody could act on or show."""
     return repr([(r, dataclasses.astuple(p.load_balancer), p.weights, p.reasons) for r, p in plan.routes.items()])
+
+
+V100, P100, K40 = endpoint(0), endpoint(3), endpoint(11)
+"""One of each GPU."""
+
+
+def settled(**spec: Any) -> Rounds:
+    """A fleet that has been well for half a minute."""
+    rounds = Rounds(route(**spec))
+    rounds.well()
+    return rounds
+
+
+def only(index: int, **fields: Signal) -> Callable[[Rounds, float], RouteSignals]:
+    """Signals of a fleet that is well but for some of endpoint `index`."""
+
+    def signals(rounds: Rounds, at_s: float) -> RouteSignals:
+        e = rounds.route.endpoints[index]
+        return measured(rounds.route, at_s, changed={e.id: dataclasses.replace(healthy(e, at_s), **fields)})
+
+    return signals
+
+
+def failing(rounds: Rounds, at_s: float, who: str = "failed_rps", part: float = 0.9) -> RouteSignals:
+    """A fleet whose first endpoint fails `part` of its requests, by the word of `who`."""
+    fields = {who: Signal(40.0 * part, at_s)}
+    if who == "failed_rps":
+        fields["completed_rps"] = Signal(40.0 * (1 - part), at_s)
+    return only(0, **fields)(rounds, at_s)
