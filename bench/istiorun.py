@@ -187,16 +187,22 @@ async def bench_route(report: Report, cluster: Cluster, directory: Path, repeats
 
 
 async def _check_weights(here: Place, name: str) -> None:
-    """The gateway that answers has the weights that were written. Raises MeshctlError."""
-    inside = await here.endpoints()
-    entries = [v for key, v in here.istio().items() if key.kind == SERVICE_ENTRY and key.name.startswith(f"{name}.")]
-    for entry in entries:
-        weights = {f"{e['address']}:{e['ports']['http']}": e["weight"] for e in entry["spec"]["endpoints"]}
-        found = inside.get(f"outbound|80||{entry['spec']['hosts'][0]}")
-        if found != weights or len(weights) < 1:
-            raise MeshctlError(f"{name}: the gateway has {found}, written is {weights}")
-    if len(entries) != len(SIZES["classes"]) + 1:
-        raise MeshctlError(f"{name}: served with the ServiceEntries {[e['metadata']['name'] for e in entries]}")
+    """The gateway has every size class' weights as they were written. Raises MeshctlError."""
+    count = len(SIZES["classes"]) + 1
+
+    async def same() -> bool:
+        entries = [
+            v for key, v in here.istio().items() if key.kind == SERVICE_ENTRY and key.name.startswith(f"{name}.")
+        ]
+        wanted = {f"outbound|80||{entry['spec']['hosts'][0]}": _written(entry) for entry in entries}
+        inside = await here.endpoints()
+        return len(wanted) == count and all(inside.get(cluster) == weights for cluster, weights in wanted.items())
+
+    await shown(same, f"{name}: the gateway balances by the weights of {count} ServiceEntries")
+
+
+def _written(entry: KubeObject) -> dict[str, int]:
+    return {f"{e['address']}:{e['ports']['http']}": e["weight"] for e in entry["spec"]["endpoints"]}
 
 
 # --------------------------------------------------------------------------------------------------- a pod that goes
