@@ -85,7 +85,7 @@ def test_the_field_managers_of_our_own_istio_objects_are_kept() -> None:
 
 def test_the_field_managers_stay_when_our_label_is_taken_off() -> None:
     """Otherwise what we wrote would look like somebody else's object, which `resume` never takes back."""
-    written = [{"manager": "meshctl", "operation": "Apply", "fieldsV1": {"f:spec": {}}}, {"manager": "kubectl-label"}]
+    written = [{"manager": "meshctl", "operation": "Apply"}, {"manager": "kubectl-label"}]
     unlabelled = {"metadata": {"name": "n", "namespace": "ns", "managedFields": written}, "spec": {}}
     assert KINDS["VirtualService"].kept(unlabelled)["metadata"]["managedFields"] == written
     theirs = {"metadata": {"name": "n", "namespace": "ns", "managedFields": written[1:]}, "spec": {}}
@@ -100,3 +100,28 @@ def test_paths_are_those_of_the_api() -> None:
     route = KINDS["ModelRoute"].path("ns", "r", "status")
     assert route == "/apis/meshctl.io/v1alpha1/namespaces/ns/modelroutes/r/status"
     assert KINDS["Node"].key({"metadata": {"name": "n"}}) == ObjectKey("Node", "", "n")
+
+
+def test_of_our_own_field_manager_only_the_name_is_kept() -> None:
+    """What we own is a fifth of an object, and known; what others own makes a conflict, and is kept whole."""
+    ours = {"manager": "meshctl", "operation": "Apply", "fieldsV1": {"f:spec": {}}, "time": "t"}
+    other = {"manager": "kubectl-edit", "operation": "Update", "fieldsV1": {"f:spec": {"f:http": {}}}, "time": "t"}
+    raw = {"metadata": {**META, "managedFields": [ours, other]}, "spec": {"http": []}}
+    kept = KINDS["VirtualService"].kept(raw)
+    assert kept["metadata"]["managedFields"] == [{"manager": "meshctl", "operation": "Apply"}, other]
+    assert raw["metadata"]["managedFields"] == [ours, other]
+
+
+def test_what_the_entries_of_a_route_have_in_common_is_held_once() -> None:
+    """Each says what it said before; labels and ports of the same endpoint are the same object, whatever its weight."""
+
+    def entry(weight: int) -> dict[str, Any]:
+        endpoint = {"address": "192.0.2.1", "labels": {"app": "r"}, "ports": {"http": 8000}, "weight": weight}
+        return {"metadata": META, "spec": {"hosts": ["h"], "endpoints": [endpoint, {"address": "192.0.2.2"}]}}
+
+    one, other = (KINDS["ServiceEntry"].kept(entry(weight))["spec"] for weight in (1, 2))
+    assert (one, other) == (entry(1)["spec"], entry(2)["spec"])
+    assert one["endpoints"][0]["labels"] is other["endpoints"][0]["labels"]
+    assert one["endpoints"][0]["ports"] is other["endpoints"][0]["ports"]
+    strange = {"metadata": META, "spec": {"endpoints": None}}
+    assert KINDS["ServiceEntry"].kept(strange)["spec"] == strange["spec"]

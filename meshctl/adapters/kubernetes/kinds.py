@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from istio.names import MANAGED_BY, MANAGER
@@ -34,15 +35,43 @@ def _whole(raw: Raw) -> Raw:
 def _with_managers(raw: Raw) -> Raw:
     """Likewise, but the field managers of what is ours stay: a foreign one among them is a conflict.
 
-    Ours is what has our label, and what we wrote though the label was taken off since.
+    Ours is what has our label, and what we wrote though the label was taken off since. Of our own entry, that it is
+    there is enough: what it lists is a fifth of the object.
     """
     kept = _whole(raw)
     metadata = raw["metadata"]
     managers = metadata.get("managedFields") or ()
     labelled = (metadata.get("labels") or {}).get(MANAGED_BY) == MANAGER
     if managers and (labelled or any(entry.get("manager") == MANAGER for entry in managers)):
-        kept["metadata"]["managedFields"] = managers
+        kept["metadata"]["managedFields"] = [_manager(entry) for entry in managers]
     return kept
+
+
+def _manager(entry: Raw) -> Raw:
+    return _pick(entry, "manager", "operation", "subresource") if entry.get("manager") == MANAGER else entry
+
+
+def _service_entry(raw: Raw) -> Raw:
+    """Likewise. A route has one of these for each size class, with the same endpoints: what repeats is held once."""
+    kept = _with_managers(raw)
+    spec = raw.get("spec")
+    if isinstance(spec, dict) and isinstance(spec.get("endpoints"), list):
+        kept["spec"] = {**spec, "endpoints": [_repeated(endpoint) for endpoint in spec["endpoints"]]}
+    return kept
+
+
+def _repeated(endpoint: Raw) -> Raw:
+    """`endpoint` of what equal ones have, too; nobody changes any of it in place."""
+    found = _pick(endpoint, *endpoint)
+    for name in ("labels", "ports"):
+        if found.get(name):
+            found[name] = _mapping(tuple(found[name].items()))
+    return found
+
+
+@lru_cache(maxsize=16_384)
+def _mapping(items: tuple[tuple[str, Any], ...]) -> Raw:
+    return _pick(dict(items), *(name for name, _ in items))
 
 
 def _identity(raw: Raw) -> Raw:
@@ -156,7 +185,7 @@ KINDS: Mapping[str, Kind] = {
         Kind("Node", "", "v1", "nodes", namespaced=False, keep=_node),
         Kind("VirtualService", _ISTIO, "v1", "virtualservices", keep=_with_managers),
         Kind("DestinationRule", _ISTIO, "v1", "destinationrules", keep=_with_managers),
-        Kind("ServiceEntry", _ISTIO, "v1", "serviceentries", keep=_with_managers),
+        Kind("ServiceEntry", _ISTIO, "v1", "serviceentries", keep=_service_entry),
         Kind("Gateway", _ISTIO, "v1", "gateways"),
         Kind("Lease", "coordination.k8s.io", "v1", "leases"),
         Kind("Event", "events.k8s.io", "v1", "events"),
