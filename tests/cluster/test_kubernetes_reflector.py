@@ -12,11 +12,11 @@ import pytest
 
 from meshctl.adapters.kubernetes.client import Client, connect
 from meshctl.adapters.kubernetes.kinds import KINDS, Kind
-from meshctl.adapters.kubernetes.reflector import Pace, Reflector
+from meshctl.adapters.kubernetes.reflector import FAILURES_TO_LIST, Pace, Reflector
 from meshctl.ports import ObjectKey
 from tests.cluster.cluster import Cluster
 from tests.cluster.proxy import ApiProxy
-from tests.harness.tools import DEADLINE_S
+from tests.harness.tools import DEADLINE_S, until
 
 pytestmark = pytest.mark.cluster
 
@@ -136,6 +136,24 @@ async def test_a_silent_watch_is_taken_up_again(cluster: Cluster, proxy: ApiProx
     pace = Pace(silence_s=0.3, first_pause_s=0.02, longest_pause_s=0.1)
     async with connect(cluster.kubeconfig) as direct, watched(proxy.kubeconfig, namespace, pace) as (_, seen):
         proxy.deafen()
+        await direct.apply(service(namespace, "a"))
+        await seen.until(lambda: seen.names == {"a"})
+
+
+async def test_a_kind_of_which_nothing_changes_is_no_problem(cluster: Cluster, proxy: ApiProxy) -> None:
+    """Not every API server sends bookmarks: each silent watch is taken up at once, without a new list or a word."""
+    namespace = await cluster.namespace()
+    pace = Pace(silence_s=0.1, steady_s=0.05, first_pause_s=0.02, longest_pause_s=60.0)
+    async with connect(cluster.kubeconfig) as direct, watched(proxy.kubeconfig, namespace, pace) as (_, seen):
+        said: set[str] = set()
+
+        async def watched_often() -> bool:
+            said.add(seen.reflector.problem)
+            return proxy.asked.count("WATCH services") > 2 * FAILURES_TO_LIST
+
+        await until(watched_often, "many watches were silent")
+        assert proxy.asked.count("LIST services") == 1
+        assert said == {""}
         await direct.apply(service(namespace, "a"))
         await seen.until(lambda: seen.names == {"a"})
 

@@ -13,6 +13,7 @@ generated models. A watch is opened on a version that a list gave (never 0), whi
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -23,7 +24,7 @@ from typing import Protocol
 
 import structlog
 
-from meshctl.adapters.kubernetes.client import Client
+from meshctl.adapters.kubernetes.client import Client, Event
 from meshctl.adapters.kubernetes.faults import AbsentError, BusyError, ExpiredError, ForbiddenError
 from meshctl.adapters.kubernetes.kinds import Kind, Raw
 from meshctl.adapters.kubernetes.mirror import Mirror
@@ -44,7 +45,8 @@ class Pace:
     watch_s: float = 300.0
     """A watch is ended by the server after this long, give or take a fifth, and taken up where it was."""
     silence_s: float = 90.0
-    """A watch that tells nothing for this long is taken up again. Bookmarks come once a minute."""
+    """A watch that tells nothing for this long is taken up again. Bookmarks come once a minute where etcd tells the API
+    server of its progress (kubeadm: every 5 s); where it does not, a kind of which nothing changes is silent."""
     first_pause_s: float = 0.1
     longest_pause_s: float = 10.0
     """Pauses after failures double from the first to this, and are drawn from their upper half."""
@@ -175,8 +177,9 @@ class _Feed:
         self._say(missing="", problem=self.problem)
 
     async def _watch(self) -> None:
-        """Returns when the server ends a watch in good order."""
-        began_s = time.monotonic()
+        """Returns when the server ends a watch in good order. One that was steady ends a row of failures either way:
+        silence is no sign of trouble where nothing happens and the server has no bookmarks to send."""
+        agreed_s = math.inf
         events = self._client.watch(
             self._kind,
             self.namespace,
@@ -185,20 +188,26 @@ class _Feed:
             timeout_s=self._pace.watch_s * _random.uniform(0.8, 1.2),
             silence_s=self._pace.silence_s,
         )
-        async with aclosing(events):
-            async for event in events:
-                if event is None:
-                    self._healthy()
-                    continue
+        try:
+            async with aclosing(events):
+                async for event in events:
+                    if event is None:
+                        agreed_s = time.monotonic()
+                        self._healthy()
+                    else:
+                        self._take(event)
+        finally:
+            if steady := time.monotonic() - agreed_s > self._pace.steady_s:
                 self._failures = 0
-                changed = self.mirror.happened(event.what, event.value)
-                if changed is not None:
-                    self._tell((changed,), state=False)
-        if time.monotonic() - began_s > self._pace.steady_s:
-            self._failures = 0
-        else:  # a server that ends watches at once is not asked at once again
+        if not steady:  # a server that ends watches at once is not asked at once again
             self._failures += 1
             await asyncio.sleep(self._pause_s())
+
+    def _take(self, event: Event) -> None:
+        self._failures = 0
+        changed = self.mirror.happened(event.what, event.value)
+        if changed is not None:
+            self._tell((changed,), state=False)
 
     def _healthy(self) -> None:
         self._say(missing=self.missing, problem="")
