@@ -6,23 +6,26 @@ gateway acknowledges the rest. So nothing but this tells that no request will ev
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from istio.analyze.known import gateway_key
 from istio.analyze.virtualservice import MESH
 from istio.names import GATEWAY
 from meshctl.ports import KubeObject, Objects
 
 
-def absent(virtual_service: KubeObject, objects: Objects) -> str:
+def absent(virtual_service: KubeObject, objects: Objects, namespaces: Collection[str] = ()) -> str:
     """The Gateways that a VirtualService of ours names and that do not exist, and what to do; "" when all are there.
 
-    Also "" while not every Gateway is known: one that is not seen may be there.
+    One that is not seen may be there while not every Gateway is known, and outside `namespaces` (empty: all are seen).
     """
     named = [name for name in virtual_service["spec"].get("gateways") or () if name != MESH]
     if not named or objects.missing(GATEWAY):
         return ""
     namespace = str(virtual_service["metadata"]["namespace"])
     keys = [gateway_key(name, namespace) for name in named]
-    gone = [f"{key.namespace}/{key.name}" for key in keys if objects.find(key) is None]
+    seen = [key for key in keys if not namespaces or key.namespace in namespaces]
+    gone = [f"{key.namespace}/{key.name}" for key in seen if objects.find(key) is None]
     if not gone:
         return ""
     return f"waits for Gateway {', '.join(gone)}, which does not exist: create it, or correct spec.gateways"

@@ -92,10 +92,12 @@ class IstioWriter:
         *,
         routes: Callable[[], Mapping[RouteId, DesiredRoute]],
         leading: Callable[[], bool] = lambda: True,
+        namespaces: tuple[str, ...] = (),
     ) -> None:
-        """`routes`: those that exist, for `in_force`. `leading`: whether this replica may write, asked often."""
+        """`routes`: those that exist, for `in_force`. `leading`: whether this replica may write, asked often.
+        `namespaces`: those of which `objects` has everything (empty: all)."""
         self._objects, self._confirmation, self._clock = objects, confirmation, clock
-        self._existing, self._leading = routes, leading
+        self._existing, self._leading, self._namespaces = routes, leading, namespaces
         self._mirror, self._disputes, self._known = Mirror(objects), Disputes(), Known()
         self._sender = Sender(objects, self._disputes, clock, leading)
         self._routes: dict[RouteId, _Route] = {}
@@ -378,7 +380,8 @@ class IstioWriter:
         if missing:
             return missing if state.wanted is not None else ""
         if not (state.waiting or route in self._dirty):
-            return absent(state.target.virtual_service, self._objects) if state.target is not None else ""
+            served = state.target.virtual_service if state.target is not None else None
+            return "" if served is None else absent(served, self._objects, self._namespaces)
         trouble = self._sender.trouble or (self._confirmation.problem if state.awaits else "")
         return "; ".join(filter(None, (state.waiting or "being written", trouble)))
 

@@ -107,4 +107,5 @@ def _writer(
         clock,
         routes=lambda: source.desired().routes,
         leading=lambda: lease is None or lease.leading,
+        namespaces=config.namespaces,
     )

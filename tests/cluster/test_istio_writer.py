@@ -44,6 +44,7 @@ class Meshing:
             self.confirmation,
             MonotonicClock(),
             routes=lambda: {route: plan.route for route, plan in self.plans.items()},
+            namespaces=(namespace,),
         )
 
     @property

@@ -43,6 +43,12 @@ def test_gateways_that_do_not_exist_are_named(named: list[str], gone: str) -> No
     assert said.partition(", which")[0] == (f"waits for {gone}" if gone else "")
 
 
+def test_gateways_outside_the_namespaces_that_are_seen_may_be_there() -> None:
+    """``--namespace team`` sees none of istio-system."""
+    named = virtual_service(gateways=["istio-system/ingress", "nope"])
+    assert "waits for Gateway team/nope, which" in absent(named, gateways(), ("team",))
+
+
 def test_nothing_is_said_of_a_delegate_nor_while_gateways_are_not_known() -> None:
     """The first names none; what is not seen may be there."""
     objects = gateways()
