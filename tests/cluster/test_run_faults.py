@@ -207,7 +207,7 @@ async def test_an_api_server_that_answers_badly_delays_and_loses_nothing(cluster
 
 async def test_two_versions_at_once_fight_no_war(cluster: Cluster, tmp_path: Path) -> None:
     """Without a Lease, each wants something else of the same object: over 20 decisions it is written a few times, the
-    route is served, and once one of them is gone the other has its way after its back-off, or a take-back."""
+    route is served, nothing else is written, and the one that gives way says why."""
     older = tmp_path / "older.py"
     older.write_text(OLDER)
     async with world(cluster, tmp_path) as here, ApiProxy(cluster.kubeconfig, tmp_path) as proxy:
@@ -320,7 +320,7 @@ async def test_a_prometheus_that_lies_moves_nothing(cluster: Cluster, tmp_path: 
             for name, (lie, fresh) in _lies(instances).items():
                 prometheus.reply = lie
                 await api(controller, path, lambda route, fresh=fresh: _fresh(route) == fresh)  # type: ignore[misc]
-                await decisions(controller, 8)
+                await decisions(controller, 4)
                 assert await here.istio_versions() == before, name
                 status = await api(controller, "status")
                 assert status["problems"]["signals"] or name == "old samples", name
@@ -365,11 +365,10 @@ def _lies(instances: Sequence[str]) -> Mapping[str, tuple[Callable[[str], Reply]
     """What is answered, and whether the metrics are fresh then: a ratio of NaN is 0/0, the news that nothing came."""
     return {
         "NaN": (_prometheus(instances, "NaN"), "True"),
-        **{value: (_prometheus(instances, value), "False") for value in ("-1", "+Inf", "1e9")},
+        "-1": (_prometheus(instances, "-1"), "False"),
+        "1e9": (_prometheus(instances, "1e9"), "False"),
         "old samples": (_prometheus(instances, age_s=3600.0), "False"),
         "a page": (lambda _: http("<html>welcome</html>", content_type="text/html"), "False"),
-        "half an answer": (lambda _: http('{"status": "success", "data": {"resultType": "vec'), "False"),
-        "an error": (lambda _: http("overloaded", status=503), "False"),
         "silence": (lambda _: Bad.HANG, "False"),
     }
 
