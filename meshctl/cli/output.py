@@ -23,9 +23,15 @@ class Output(StrEnum):
 OutputOption = Annotated[Output, typer.Option("-o", "--output", help="Output format.")]
 
 
+PIPE_COLUMNS = 200
+"""Width where no terminal has one: what is read by `grep` or a file is not cut to 80 columns."""
+
+
 def console(*, stderr: bool = False) -> Console:
-    """A console that honours NO_COLOR and plain pipes (rich reads both from the environment and the stream)."""
-    return Console(stderr=stderr, no_color="NO_COLOR" in os.environ or None, highlight=False)
+    """A console that honours NO_COLOR, COLUMNS and plain pipes."""
+    plain = not (sys.stderr if stderr else sys.stdout).isatty() and "COLUMNS" not in os.environ
+    width = PIPE_COLUMNS if plain else None
+    return Console(stderr=stderr, no_color="NO_COLOR" in os.environ or None, highlight=False, width=width)
 
 
 def emit(data: Any, output: Output, table: Callable[[], RenderableType]) -> None:

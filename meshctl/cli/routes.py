@@ -28,7 +28,8 @@ def routes_table(found: Iterable[RouteSummary]) -> Table:
     from rich.table import Column, Table
 
     whole = Column("Route", no_wrap=True)  # other commands take it as an argument
-    table = Table(whole, "Policy", "SLO", "Load", "Worst size", "Endpoints", "Ready")
+    ready = Column("Ready", no_wrap=True)  # the reason, which docs/reference/status.md explains
+    table = Table(whole, "Policy", "SLO", "Load", "Worst size", "Endpoints", ready)
     for route in found:
         expected = "-" if route.attainment is None else f"{route.attainment:.2%}"
         drained = f", [red]{route.drained} drained[/]" if route.drained else ""

@@ -40,9 +40,8 @@ class Outcome:
 
 async def meshctl(*arguments: str, admin: str = "") -> Outcome:
     """Run the command line as a user does, without a terminal."""
-    environment = {**os.environ, "MESHCTL_ADMIN": admin, "COLUMNS": "200"}
-    if not admin:
-        del environment["MESHCTL_ADMIN"]
+    own = {"MESHCTL_ADMIN": admin} if admin else {}
+    environment = {name: value for name, value in os.environ.items() if name not in ("MESHCTL_ADMIN", "COLUMNS")} | own
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "meshctl", *arguments, stdout=pipe, stderr=pipe, env=environment
@@ -110,6 +109,7 @@ async def test_routes_as_json_and_as_table(admin: str) -> None:
     assert table.status == 0
     assert "demo/resnet" in table.out
     assert "\x1b" not in table.out, "a pipe gets no colours"
+    assert "…" not in table.out, "and is not as narrow as a terminal"
 
 
 async def test_status_shows_problems_word_for_word(admin: str) -> None:
