@@ -8,9 +8,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
+import pytest
 from aiohttp import web
 
-from istio.confirm import EDS, LONGEST_S, Elapsed, Istiod, Look, Proxy, Verdicts
+from istio.confirm import EDS, LONGEST_S, Elapsed, Istiod, Look, Proxy, Verdicts, versions_of
 from istio.names import SERVICE_ENTRY, VIRTUAL_SERVICE
 from istio.steps import Written
 from meshctl.ports import ObjectKey
@@ -202,3 +204,26 @@ async def test_nothing_is_confirmed_while_istiod_is_away_and_nothing_is_lost() -
         assert set(istiod.confirmed()) == set()
         fake.acknowledged = True
         await until(istiod, lambda: ENTRY in istiod.confirmed())
+
+
+def test_the_page_of_all_objects_is_read_one_by_one() -> None:
+    """Key and version of each, whatever stands between and inside them."""
+    page = [
+        {
+            "kind": "VirtualService",
+            "metadata": {"name": "a", "namespace": "n", "resourceVersion": "7"},
+            "spec": {"x": "],["},
+        },
+        {"kind": "Gateway", "metadata": {"name": "b", "namespace": "n"}},
+    ]
+    expected = {ObjectKey("VirtualService", "n", "a"): "7", ObjectKey("Gateway", "n", "b"): ""}
+    for text in (orjson.dumps(page), orjson.dumps(page, option=orjson.OPT_INDENT_2) + b"\n"):
+        assert versions_of(text) == expected
+    assert versions_of(b"null") == versions_of(b"[ ]") == {}
+
+
+@pytest.mark.parametrize("page", [b"", b"{}", b"[1]", b"[{}]", b'[{"kind": "a"', b"<html>", b"\xff"])
+def test_a_page_that_is_none_is_an_error_that_is_told(page: bytes) -> None:
+    """Not an empty cluster: then nothing would ever be confirmed, without a word."""
+    with pytest.raises((ValueError, KeyError, TypeError)):
+        versions_of(page)
