@@ -42,7 +42,7 @@ check: lint
 test: lint
 	@scripts/tools.sh >/dev/null
 	@failed=; \
-	$(PYTEST) -n $(WORKERS) --dist loadgroup -m "not alone" tests || failed="the tests that run together"; \
+	$(PYTEST) -n $(WORKERS) --dist loadscope -m "not alone" tests || failed="the tests that run together"; \
 	$(PYTEST) -m alone tests || failed="$${failed:+$$failed, and }those that run alone"; \
 	[ -z "$$failed" ] || { echo "FAILED: $$failed: see above" >&2; exit 1; }
 
