@@ -1,10 +1,14 @@
-"""How tests are dealt out to the workers of pytest-xdist."""
+"""How tests are dealt out to the workers of pytest-xdist; and none fails because the machine is slow."""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
+
+settings.register_profile("meshctl", deadline=None)
+settings.load_profile("meshctl")
 
 
 class Dealt(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no types
