@@ -33,6 +33,7 @@ main()
 """A version of meshctl that says something else in one object."""
 
 
+@pytest.mark.timeout(400)  # a cluster of its own, and six things that go away one after the other
 async def test_everything_is_missing_or_goes_away_once_and_no_request_is_lost(tmp_path: Path) -> None:
     """Istio comes after the controller; then, under load, the controller, the API server and istiod are killed or
     frozen, one after the other, and what is changed meanwhile is put in force once; last, an object is not valid."""
