@@ -238,6 +238,8 @@ class StatusWriter:
         """The write of what is `said`, when it is time for it."""
         live, new = said.live, _status(said)
         behind = known.seen == live["metadata"].get("resourceVersion")
+        if not behind:
+            known.status = {}  # the copy has it: a thousand need not be held twice
         old: StatusObject = known.status if behind else live.get("status") or {}
         told = old.get("observedGeneration") == new["observedGeneration"]
         if told and state.now_s - state.started_s < self._settle_s:
