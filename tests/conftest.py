@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
-
-settings.register_profile("meshctl", deadline=None)
-settings.load_profile("meshctl")
 
 # A busy machine is no failure: neither an example's 200 ms nor how long drawing takes.
 settings.register_profile("meshctl", deadline=None, suppress_health_check=[HealthCheck.too_slow])
