@@ -28,8 +28,11 @@ CONCURRENCY = 8
 """Writes at once. Those of one step may come in any order (tests/property/test_istio_steps.py)."""
 RETRY_S, RETRY_MAX_S = 0.2, 10.0
 """Back-off while the API server does not answer, before jitter."""
-REFUSED_S = 600.0
+REFUSED_S = 60.0
 """What was refused is tried again when it changes, or after so long: a missing permission may have been given."""
+AWAY = 8
+"""Writes in a row without an answer, after which it is the API server that is away. Fewer may be about their objects (a
+webhook that hangs for one namespace), and hold up those only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +53,9 @@ class Sender:
         """Until then nothing is to be sent."""
         self._objects, self._disputes, self._clock, self._leading = objects, disputes, clock, leading
         self._failures = 0
+        """Writes without an answer since the last one with an answer."""
+        self._unanswered: dict[ObjectKey, tuple[int, str, float]] = {}
+        """What was not answered: how often, why, and when it is to be tried again."""
         self._refused: dict[ObjectKey, tuple[KubeObject, str, float]] = {}
         """What was refused, the server's words, and when it may be tried again."""
         self._mutated: dict[ObjectKey, tuple[KubeObject, str]] = {}
@@ -67,14 +73,19 @@ class Sender:
         refused, words, until_s = self._refused.get(key_of(value), (None, "", 0.0))
         return words if refused == value and self._clock.now_s() < until_s else ""
 
+    def unanswered(self, value: KubeObject) -> str:
+        """Why `value` is to be written later; "" when it may be now."""
+        _, words, until_s = self._unanswered.get(key_of(value), (0, "", 0.0))
+        return words if self._clock.now_s() < until_s else ""
+
     async def burst(self, writes: Iterable[Writes]) -> None:
         """All of `writes`, or what can be done of them in `BURST_S` while the server answers."""
         limit, loop = asyncio.Semaphore(CONCURRENCY), asyncio.get_running_loop()
-        end_s, failures = loop.time() + BURST_S, self._failures
+        end_s = loop.time() + BURST_S
 
         async def one(value: KubeObject, write: Callable[[], Awaitable[None]]) -> None:
             async with limit:
-                if loop.time() < end_s and self._failures <= failures and self._leading():
+                if loop.time() < end_s and self._clock.now_s() >= self.not_before_s and self._leading():
                     await self._attempt(value, write)
 
         tasks = []
@@ -96,10 +107,11 @@ class Sender:
             log.warning("refused", object=str(key), error=str(error))
         except UnavailableError as error:
             self._disputes.unsure(key)
-            self._back_off(str(error))
+            self._put_off(key, str(error))
         else:
             self._failures, self.trouble = 0, ""
             self._refused.pop(key, None)
+            self._unanswered.pop(key, None)
 
     async def _apply(self, value: KubeObject, judgement: Judgement) -> None:
         live = self._objects.find(key_of(value))
@@ -116,8 +128,15 @@ class Sender:
         await self._objects.delete(key_of(value), str(value["metadata"]["uid"]))
         self._mutated.pop(key_of(value), None)
 
-    def _back_off(self, error: str) -> None:
+    def _put_off(self, key: ObjectKey, error: str) -> None:
+        now_s = self._clock.now_s()
+        times = self._unanswered.get(key, (0, "", 0.0))[0] + 1
+        self._unanswered[key] = times, error, now_s + _pause_s(times)
         self._failures += 1
-        pause_s = min(RETRY_MAX_S, RETRY_S * 2.0 ** min(self._failures, 10))
-        pause_s *= random.uniform(0.5, 1.0)  # noqa: S311 - jitter, so that replicas do not come back at once
-        self.not_before_s, self.trouble = self._clock.now_s() + pause_s, error
+        if self._failures >= AWAY:
+            self.not_before_s, self.trouble = now_s + _pause_s(self._failures), error
+
+
+def _pause_s(failures: int) -> float:
+    pause_s = min(RETRY_MAX_S, RETRY_S * 2.0 ** min(failures, 10))
+    return pause_s * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, so that replicas do not come back at once

@@ -65,6 +65,8 @@ class _Route:
     awaits: tuple[Written, ...] = ()
     refusal: str = ""
     """What the API server said against an object of the target."""
+    unanswered: str = ""
+    """Why an object of the target is written later."""
     finding: str = ""
     recheck_s: float = 0.0
     waiting: str = ""
@@ -78,7 +80,9 @@ class _Route:
     @property
     def held(self) -> bool:
         """Time may change what is to be done."""
-        return bool(self.conflict or self.finding or self.refusal or (self.plan is None and self.history))
+        return bool(
+            self.conflict or self.finding or self.refusal or self.unanswered or (self.plan is None and self.history)
+        )
 
 
 class IstioWriter:
@@ -309,7 +313,7 @@ class IstioWriter:
             del self._routes[route]
             return None
         state.history = self._observed(route, state, live, confirmed)
-        state.waiting, state.conflict, state.refusal, state.awaits = "", "", "", ()
+        state.waiting, state.conflict, state.refusal, state.unanswered, state.awaits = "", "", "", "", ()
         self._retarget(route, state, live, now_s)
         if not state.targeted or (state.plan is None and state.waiting):
             return None
@@ -345,7 +349,9 @@ class IstioWriter:
         for value in step.apply:
             refusal, judgement = self._sender.refusal(value), judged.get(key_of(value), FREE)
             state.refusal = state.refusal or refusal
-            if not (refusal or judgement.conflict):
+            later = self._sender.unanswered(value)
+            state.unanswered = state.unanswered or later
+            if not (refusal or later or judgement.conflict):
                 yield value, judgement
 
     # ----------------------------------------------------------------------------------------------------- what to say
@@ -382,7 +388,7 @@ class IstioWriter:
         if not (state.waiting or route in self._dirty):
             served = state.target.virtual_service if state.target is not None else None
             return "" if served is None else absent(served, self._objects, self._namespaces)
-        trouble = self._sender.trouble or (self._confirmation.problem if state.awaits else "")
+        trouble = self._sender.trouble or state.unanswered or (self._confirmation.problem if state.awaits else "")
         return "; ".join(filter(None, (state.waiting or "being written", trouble)))
 
     # -------------------------------------------------------------------------------------------------- what wakes it

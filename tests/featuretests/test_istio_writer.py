@@ -323,6 +323,28 @@ async def test_an_api_server_that_does_not_answer_delays_and_loses_nothing() -> 
         assert it.writer.status().waiting == {}
 
 
+async def test_an_object_that_is_not_answered_holds_up_its_own_route_only() -> None:
+    """A webhook that hangs for one object: the other routes are written, again and again, while it waits its turn."""
+
+    def hang(verb: str, key: ObjectKey) -> MeshctlError | None:
+        mine = key.kind == SERVICE_ENTRY and key.name.startswith("resnet")
+        return UnavailableError(f"{key}: the webhook timed out") if mine else None
+
+    async with writing() as it:
+        it.objects.failing = hang
+        vs = ObjectKey(VIRTUAL_SERVICE, "team", "other")
+        it.plan(resnet(), meshed("team/other", {A: 1000}, hosts=("other.example",)))
+        await it.until(lambda: it.objects.find(vs) is not None, "the other route is there")
+        assert "webhook" in it.writer.status().waiting[ROUTE]
+        for weight in (700, 600):
+            it.plan(resnet(), meshed("team/other", {A: weight, B: 1000 - weight}, hosts=("other.example",)))
+            await it.until(lambda: "team/other" not in it.writer.status().waiting, "its weights are written")
+        it.objects.failing = lambda verb, key: None
+        it.clock.at_s += 11
+        await it.until(lambda: it.objects.find(VS) is not None, "the route is there")
+        await it.settled()
+
+
 async def test_what_is_refused_is_not_tried_again_and_holds_up_nobody() -> None:
     """The route is quarantined with the server's words until it changes; other routes go on."""
 
