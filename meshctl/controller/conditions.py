@@ -92,7 +92,7 @@ def unusable(problems: Sequence[Problem]) -> tuple[Condition, ...]:
     """The conditions of a route of which no version could ever be used. `problems` are its own."""
     said = "; ".join(f"{problem.where}: {problem.message}" for problem in problems)
     return (
-        Condition(ConditionType.READY, Status.FALSE, INVALID_INPUT, "not served: no version of it is valid"),
+        Condition(ConditionType.READY, Status.FALSE, INVALID_INPUT, "not served: see Resolved"),
         Condition(ConditionType.RESOLVED, Status.FALSE, INVALID_INPUT, said),
     )
 
@@ -120,16 +120,27 @@ def _resolved(plan: RoutePlan, problems: Sequence[Problem]) -> Condition:
         return Condition(ConditionType.RESOLVED, status, reason, message)
 
     route = plan.route
-    said = "".join(f"; {problem.where}: {problem.message}" for problem in problems)
+    said = "".join(f"; {_words(problem)}" for problem in problems if not _of_profiles(problem))
     if not route.endpoints:
         return condition(Status.FALSE, ReasonCode.NO_ENDPOINTS, f"the backend has no endpoint{said}")
     missing = sorted({endpoint.gpu or "unknown GPU" for endpoint in route.endpoints} - route.profiles.keys())
     if missing:
         text = f"no ModelProfile for {route.spec.model} on {', '.join(missing)}: a guess stands in for it"
         return condition(Status.FALSE, ReasonCode.NO_PROFILE, text + said)
-    if problems:
+    if said:
         return condition(Status.FALSE, INVALID_INPUT, f"the last good version is in force{said}")
     return condition(Status.TRUE, "Resolved", f"{len(route.endpoints)} endpoints, {len(route.profiles)} profiles")
+
+
+def _words(problem: Problem) -> str:
+    """Without the route's own name, beside which it is read."""
+    own = problem.where == f"ModelRoute {problem.route}"
+    return problem.message if own else f"{problem.where}: {problem.message}"
+
+
+def _of_profiles(problem: Problem) -> bool:
+    """`meshctl.api.resolve` says per GPU product what the condition says of all."""
+    return "no ModelProfile for" in problem.message
 
 
 def _metrics_fresh(plan: RoutePlan, signals: RouteSignals, now_s: float) -> Condition:
@@ -188,7 +199,7 @@ def _programmed(plan: RoutePlan, dataplane: DataPlaneStatus) -> Condition:
     late = sorted(proxy.node for proxy in proxies if not proxy.synced)
     if late and not spec.meshed:  # what a gateway lacks of a meshed route is in `waiting`
         return condition(Status.FALSE, PENDING, f"not acknowledged yet by {_few(late)}")
-    return condition(Status.TRUE, "Acknowledged", f"by {len(proxies)} proxies")
+    return condition(Status.TRUE, "Acknowledged", f"by {len(proxies)} {'proxy' if len(proxies) == 1 else 'proxies'}")
 
 
 def _conflict(plan: RoutePlan, dataplane: DataPlaneStatus) -> Condition:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Self
 
+import structlog
+
 from meshctl.adapters.kubernetes.client import Client
 from meshctl.adapters.kubernetes.kinds import ISTIO, KINDS, MANDATORY, OPTIONAL
 from meshctl.adapters.kubernetes.reflector import Pace, Reflector
@@ -20,6 +22,9 @@ from meshctl.ports import KubeObject, ObjectKey
 
 WRITE_S = 4.0
 """Longest a write may take. What the leader begins must be over before another replica can lead (`lease.Terms`)."""
+log = structlog.get_logger(__name__)
+
+RESTART_S = 5.0
 _NONE: Mapping[ObjectKey, KubeObject] = MappingProxyType({})
 
 
@@ -46,8 +51,7 @@ class ClusterObjects:
         Raises UnavailableError, having ended what it began, when that takes longer than `deadline_s`.
         """
         for name, reflector in self._reflectors.items():
-            task = self._tasks[name] = asyncio.create_task(reflector.run(), name=f"reflect {name}")
-            task.add_done_callback(lambda _: self._tell_state())
+            self._tasks[name] = asyncio.create_task(self._keep(reflector), name=f"reflect {name}")
         try:
             async with asyncio.timeout(deadline_s):
                 while not self._ready():
@@ -56,6 +60,15 @@ class ClusterObjects:
             await self.stop()
             raise UnavailableError(f"after {deadline_s:g} s not all objects are known: {self._unready()}") from late
         return self
+
+    async def _keep(self, reflector: Reflector) -> None:
+        """A fault of this program in one event must not leave a kind as it was for good: it is listed again."""
+        while True:
+            try:
+                await reflector.run()
+            except* Exception:
+                log.exception("watching ended by a fault; again", kind=reflector.kind.resource)
+            await asyncio.sleep(RESTART_S)
 
     async def stop(self) -> None:
         for task in self._tasks.values():
@@ -93,7 +106,7 @@ class ClusterObjects:
         )
 
     async def wait_changed(self) -> None:
-        """For ONE consumer; others take a `reader`. Raises what ended a reflector, if so (a fault of this program)."""
+        """For ONE consumer; others take a `reader`."""
         await self._own.wait_changed()
 
     def reader(self, *kinds: str) -> Reader:
@@ -126,11 +139,6 @@ class ClusterObjects:
         for heard in self._listeners:
             heard(None)
 
-    def raise_if_broken(self) -> None:
-        for task in self._tasks.values():
-            if task.done() and not task.cancelled():
-                task.result()
-
 
 class Reader:
     """`ports.Objects`: the store's objects, and the changes since this reader last waited for one."""
@@ -149,7 +157,6 @@ class Reader:
             self._changed.set()
 
     async def wait_changed(self) -> None:
-        """Returns when something changed since the last return: many changes are one. Raises like the store's."""
+        """Returns when something changed since the last return: many changes are one."""
         await self._changed.wait()
         self._changed.clear()
-        self._store.raise_if_broken()
