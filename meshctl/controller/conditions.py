@@ -4,7 +4,7 @@
 |------|------|-------|---------|
 | Resolved | endpoints and profiles found, input is good | newer input is bad, or no endpoint | |
 | MetricsFresh | every endpoint measured lately | some are stale or never measured | nothing measured yet |
-| SLOFeasible | every size class is expected to meet it | some can't; best figure in the message | no endpoint, or the load is a guess |
+| SLOFeasible | every size class should meet it | some can't; best figure in the message | no endpoint; load guessed |
 | Programmed | every proxy acknowledged everything | refused, held up, or not acknowledged yet | no proxy is known |
 | Conflict | somebody else owns or changed an object | nobody does | |
 | Ready | served as decided | can't be served as decided | no proxy connected |
