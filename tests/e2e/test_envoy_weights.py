@@ -21,7 +21,7 @@ def _envoy() -> None:
 
 
 async def test_requests_follow_the_weights(tmp_path: Path) -> None:
-    """700:300:0 in the plan is 70:30:0 of a hundred requests."""
+    """700:300:0 in the plan is 70:30:0 of a hundred requests, give or take one."""
     async with Backends(3) as backends, xds_server() as server:
         a, b, c = backends.addresses
         assert server.apply(plan(route_plan("default/r", {a: 700, b: 300, c: 0}))) == 9
@@ -29,7 +29,8 @@ async def test_requests_follow_the_weights(tmp_path: Path) -> None:
             await server.wait_synced(SYNC_S)
             for _ in range(100):
                 assert (await request(session, envoy.url))[0] == 200
-            assert backends.served == {a: 70, b: 30}
+            # Envoy begins its schedule anywhere: a request more or less
+        assert backends.served == {a: pytest.approx(70, abs=1), b: pytest.approx(30, abs=1)}
             assert envoy.version.startswith("envoy 1.")
 
 
@@ -42,7 +43,7 @@ async def test_round_robin_follows_the_weights(tmp_path: Path) -> None:
         async with EnvoyProcess(tmp_path, gateway(server.address, "gw")) as envoy, aiohttp.ClientSession() as session:
             for _ in range(100):
                 await request(session, envoy.url)
-            assert backends.served == {a: 90, b: 10}
+            assert backends.served == {a: pytest.approx(90, abs=1), b: pytest.approx(10, abs=1)}
 
 
 async def test_all_zero_and_not_ready(tmp_path: Path) -> None:

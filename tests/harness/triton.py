@@ -11,7 +11,7 @@ from pathlib import Path
 import aiohttp
 import orjson
 
-from tests.harness.tools import ToolProcess, require
+from tests.harness.tools import ToolProcess, page, require
 
 _CONFIG = """
 name: "{name}"
@@ -92,9 +92,10 @@ class TritonProcess(ToolProcess):
         """``host:port`` of the metrics page."""
         return f"127.0.0.1:{self.ports[1]}"
 
-    @property
-    def ready_url(self) -> str:
-        return f"http://{self.address}/v2/health/ready"
+    def ready(self) -> bool:
+        """It infers, and its metrics page, which begins to listen a moment later, is there too."""
+        urls = (f"http://{self.address}/v2/health/ready", f"http://{self.metrics}/metrics")
+        return all(page(url) is not None for url in urls)
 
     def command(self) -> Sequence[str | Path]:
         server = self.home / "pytriton" / "tritonserver"
