@@ -30,7 +30,7 @@ async def test_requests_follow_the_weights(tmp_path: Path) -> None:
             for _ in range(100):
                 assert (await request(session, envoy.url))[0] == 200
             # Envoy begins its schedule anywhere: a request more or less
-        assert backends.served == {a: pytest.approx(70, abs=1), b: pytest.approx(30, abs=1)}
+            assert backends.served == {a: pytest.approx(70, abs=1), b: pytest.approx(30, abs=1)}
             assert envoy.version.startswith("envoy 1.")
 
 
