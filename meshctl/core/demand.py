@@ -2,7 +2,9 @@
 
 Observed arrivals per size class are smoothed; a rise of more than half is believed at once. The total is extrapolated
 when it grows (fast less slow mean, which is the growth of one time constant), raised by the headroom, and kept above
-30 % of the capacity, so that a burst onto an idle fleet does not meet weights that serve from one GPU alone. The
+30 % of the capacity, so that a burst onto an idle fleet does not meet weights that serve from one GPU alone. A fall is
+believed late: a table for more than is asked serves it as well, but one for a lull of seconds, which leaves the slow
+GPUs out, is overloaded when the load comes back, and its queues outlast it (seen at 80 % load: 5 s for a minute). The
 mix blends the declared shares in as 20 requests' worth of prior. Nothing known at all: 70 % of the capacity, a load at
 which the table matters and is stable. Arrivals that are not measured any more are held, then decay to that prior.
 """
@@ -21,6 +23,8 @@ _FLOOR, _UNKNOWN = 0.3, 0.7
 _MOST_GROWTH = 0.1
 """Growth is extrapolated by no more than this: the next decision is a second away, and a table for 20 % more than is
 asked sends large batches to GPUs that need not take them."""
+_LULL, _LULL_S = 0.05, 20.0
+"""A total that falls by more than this part from one look to the next is a lull for so long, then it is the load."""
 _MOST_RPS = 1e9
 _DEFAULT_NOTICED = 0.005
 """Requests without a usable size count as a class of their own from this share on."""
@@ -32,6 +36,8 @@ class Arrivals:
 
     rates: Mapping[str, Estimate] = field(default_factory=lambda: MappingProxyType({}))
     slow: Estimate | None = None
+    steady: Estimate | None = None
+    """The total, without lulls: what it was when it was last believed."""
 
     @property
     def total(self) -> Estimate | None:
@@ -59,7 +65,12 @@ def update(before: Arrivals, signals: RouteSignals, spec: RouteSpec) -> Arrivals
     at_s = max(e.at_s for e in rates.values())
     jump = 0.5 * before.slow.value if before.slow is not None else 0.0  # traffic that sets in is no trend
     slow = follow(before.slow, Signal(total, at_s), 2 * guard.smoothing_s, jump)
-    return Arrivals(rates, slow)
+    return Arrivals(rates, slow, _without_lulls(before.steady, Estimate(total, at_s)))
+
+
+def _without_lulls(before: Estimate | None, now: Estimate) -> Estimate:
+    lull = before is not None and now.value < (1 - _LULL) * before.value and now.at_s - before.at_s < _LULL_S
+    return before if before is not None and lull else now
 
 
 def _possible(signal: Signal) -> Signal:
@@ -90,11 +101,13 @@ def forecast(spec: RouteSpec, arrivals: Arrivals, capacity_rps: float, now_s: fl
     if total is not None:
         growth = max(0.0, total.value - (arrivals.slow.value if arrivals.slow else total.value))
         growth = min(growth, _MOST_GROWTH * total.value)
-        asked = Estimate(max((total.value + growth) * headroom, floor), total.at_s)
+        steady = arrivals.steady.value if arrivals.steady else 0.0
+        asked = Estimate(max(max(total.value + growth, steady) * headroom, floor), total.at_s)
         load = believed(asked, prior, now_s, spec.guard.stale_after_s, spec.guard.decay_s)
         seen: tuple[Input, ...] = (
             Input("observed", total.value, "requests/s", total.at_s),
             Input("growth", growth, "requests/s"),
+            Input("without lulls", steady, "requests/s"),
             Input("headroom", spec.guard.headroom_ratio, "ratio"),
             Input("least", floor, "requests/s"),
         )

@@ -116,6 +116,7 @@ def _dump(m: RouteMemory, now_s: float) -> dict[str, object]:
         "health": {e: _dump_health(h, now_s) for e, h in m.health.items() if h != Health()},
         "arrivals": {name: estimate(e) for name, e in m.arrivals.rates.items()},
         "slow": estimate(m.arrivals.slow),
+        "steady": estimate(m.arrivals.steady),
         "observed": m.observed,
     }
 
@@ -147,7 +148,7 @@ def _load(saved: Mapping[str, Any], now_s: float) -> RouteMemory:
         shifting=bool(saved["shifting"]),
         speeds={EndpointId(e): Speed(float(s[0]), estimate(s[1]), estimate(s[2])) for e, s in saved["speeds"].items()},
         health={EndpointId(e): _load_health(h, now_s) for e, h in saved["health"].items()},
-        arrivals=Arrivals(rates, estimate(saved["slow"])),
+        arrivals=Arrivals(rates, estimate(saved["slow"]), estimate(saved.get("steady"))),
         observed=bool(saved["observed"]),
     )
 

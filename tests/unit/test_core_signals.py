@@ -148,3 +148,16 @@ def test_nothing_new_is_the_same_object() -> None:
     """So that an unchanged route is recognised."""
     seen = demand.update(Arrivals(), arrivals(1.0, small=50.0), SPEC)
     assert demand.update(seen, arrivals(1.0, small=70.0), SPEC) is seen
+
+
+def test_a_lull_of_seconds_is_not_believed() -> None:
+    """The load before it is what may come back; when it lasts, it is the load. A rise is believed at once."""
+    seen = demand.update(Arrivals(), arrivals(0.0, small=500.0), SPEC)
+    for second in range(1, 20):
+        seen = demand.update(seen, arrivals(float(second), small=200.0), SPEC)
+        assert sum(demand.forecast(SPEC, seen, 700.0, second).rates.values()) == pytest.approx(1.05 * 500)
+    for second in range(20, 60):
+        seen = demand.update(seen, arrivals(float(second), small=200.0), SPEC)
+    assert sum(demand.forecast(SPEC, seen, 700.0, 60.0).rates.values()) == pytest.approx(1.05 * 200, rel=0.01)
+    again = demand.update(seen, arrivals(61.0, small=600.0), SPEC)
+    assert sum(demand.forecast(SPEC, again, 700.0, 61.0).rates.values()) >= 1.05 * 600
