@@ -44,7 +44,7 @@ prometheus  {running.prometheus.url}
 meshctl     {running.controller.admin}
 
 kubectl get modelroutes
-curl -H 'host: {HOST}' -H 'x-batch-size: 8' -X POST -d '{{}}' {cluster.gateway().url}/v2/models/{MODEL}/infer
+curl -H 'host: {HOST}' -H 'x-batch-size: 8' -X POST {cluster.gateway().url}/v2/models/{MODEL}/infer
 meshctl explain default/reference --admin {running.controller.admin}
 
 Ctrl-C ends it.
