@@ -20,7 +20,7 @@ from meshctl.core.inforce import IN_FORCE
 from meshctl.core.look import PROBATION, Look
 from meshctl.core.memory import RouteMemory, Solved
 from meshctl.core.queueing import Array
-from meshctl.model import DEFAULT_CLASS, EndpointId, Input, Policy, Reason, ReasonCode, SizeClass
+from meshctl.model import DEFAULT_CLASS, EndpointId, Input, Policy, Reason, ReasonCode, RouteSpec, SizeClass
 
 _WORK_BAND = 0.06
 """The table is solved anew when demand moved by more than this part of the work. Poisson's noise alone, smoothed,
@@ -63,18 +63,17 @@ def solve(
     key = _key(look, groups, fleet, proxies)
     if last is not None and not _names_fit(last, names, look):
         last = None
+    wanted = weights.Demand(np.array([asked.rates[n] for n in names]), kinds)
     if last is not None and last.key == IN_FORCE:
-        last = _evaluated(last, weights.Demand(np.array([asked.rates[n] for n in names]), kinds), look, fleet, proxies)
+        table = _expected(spec, fleet, wanted, proxies, _warm(last, names, groups))
+        last = replace(last, attainment=_attained(names, table), utilization=_used(groups, table))
     holds = last is not None and last.key == key and _work_moved(last, asked.rates, fleet, kinds) < _WORK_BAND
     if last is None or not (holds or suspended or look.frozen):
-        wanted = weights.Demand(np.array([asked.rates[n] for n in names]), kinds)
         if budget.spend():
             warm = None if last is None else _warm(last, names, groups)
             changed = last is not None and last.key != key
             table = weights.solve(spec.policy, fleet, wanted, spec.slo_s, proxies, warm, changed=changed)
-            # solved for the forecast with headroom; what to expect, and so whether it is feasible, is without
-            spare = weights.Demand(wanted.rates / (1 + spec.guard.headroom_ratio), kinds)
-            table = weights.evaluate(fleet, spare, spec.slo_s, proxies, table.shares)
+            table = _expected(spec, fleet, wanted, proxies, table.shares)
             last = _spread(look, names, groups, table, key, asked.rates)
         elif last is None:
             table = weights.evaluate(fleet, wanted, spec.slo_s, proxies, weights.equal_mix(fleet, wanted))
@@ -84,15 +83,12 @@ def solve(
     return last, (*asked.reasons, _verdict(spec.policy, spec.percentile, last, proxies, known=asked.known))
 
 
-def _evaluated(last: Solved, wanted: weights.Demand, look: Look, fleet: weights.Fleet, proxies: int) -> Solved:
-    """A table that was found in force, with what to expect of it."""
-    groups, names = _groups(look), tuple(last.target)
-    spec = look.route.spec
+def _expected(
+    spec: RouteSpec, fleet: weights.Fleet, wanted: weights.Demand, proxies: int, shares: Array
+) -> weights.Table:
+    """`shares` are solved for the forecast with headroom; what to expect, and so whether it is feasible, is without."""
     spare = weights.Demand(wanted.rates / (1 + spec.guard.headroom_ratio), wanted.kinds)
-    table = weights.evaluate(fleet, spare, spec.slo_s, proxies, _warm(last, names, groups))
-    used = {e: float(table.utilization[i]) for i, members in enumerate(groups.values()) for e in members}
-    attained = {n: float(a) for n, a in zip(names, table.attainment, strict=True)}
-    return replace(last, attainment=attained, utilization=used)
+    return weights.evaluate(fleet, spare, spec.slo_s, proxies, shares)
 
 
 def _waiting(last: Solved, look: Look) -> Solved:
@@ -181,9 +177,17 @@ def _spread(
         for i, members in enumerate(groups.values()):
             row.update({e: float(table.shares[j, i]) / len(members) * part[e] for e in members})
         target[name] = guard.normalised(row)
-    used = {e: float(table.utilization[i]) for i, members in enumerate(groups.values()) for e in members}
-    attained = {n: float(a) for n, a in zip(names, table.attainment, strict=True)}
-    return Solved(key, dict(rates), target, attained, used)
+    return Solved(key, dict(rates), target, _attained(names, table), _used(groups, table))
+
+
+def _attained(names: tuple[str, ...], table: weights.Table) -> dict[str, float]:
+    return {n: float(a) for n, a in zip(names, table.attainment, strict=True)}
+
+
+def _used(
+    groups: Mapping[tuple[str, int, float], tuple[EndpointId, ...]], table: weights.Table
+) -> dict[EndpointId, float]:
+    return {e: float(table.utilization[i]) for i, members in enumerate(groups.values()) for e in members}
 
 
 def _verdict(policy: Policy, percentile: float, solved: Solved, gateways: int, *, known: bool) -> Reason:
