@@ -44,7 +44,7 @@ from istio.names import (
 )
 from istio.policies import traffic_policy
 from istio.rules import http_rules
-from istio.tables import Dealer, Row, Subset, class_row, row_over, used
+from istio.tables import Dealer, Ref, Row, class_row, row_over, used
 from meshctl.model import DEFAULT_CLASS, DesiredRoute, EndpointId, Mechanism, RouteId, RoutePlan, RouteSpec, Weights
 from meshctl.ports import KubeObject, ObjectKey
 from xds.requests import bare_hosts
@@ -191,8 +191,8 @@ def weights_of(route: DesiredRoute, live: Iterable[KubeObject]) -> Weights | Non
         row: dict[EndpointId, int] = {}
         for destination in rules.get(size, rules[DEFAULT_CLASS]):
             to = destination.get("destination", {})
-            subset = Subset(to.get("host", ""), to.get("subset", ""))
-            row |= dealer.deal(subset, destination.get("weight", 0)) if subset.name else dict(known.get(subset, ()))
+            ref = Ref(to.get("host", ""), to.get("subset", ""))
+            row |= dealer.deal(ref, destination.get("weight", 0)) if ref.subset else dict(known.get(ref, ()))
         if everyone and not any(row.values()):
             return None
         weights[size] = row_over(row, everyone)
@@ -206,10 +206,10 @@ def _rules(route: DesiredRoute, live: Iterable[KubeObject]) -> dict[str, list[Ma
     return {rule.get("name", ""): rule.get("route", []) for rule in rules}
 
 
-def _members(route: DesiredRoute, live: Iterable[KubeObject]) -> dict[Subset, list[tuple[EndpointId, int]]]:
+def _members(route: DesiredRoute, live: Iterable[KubeObject]) -> dict[Ref, list[tuple[EndpointId, int]]]:
     """The endpoints of `route` with their weights by host, and by host and subset."""
     ids = {(e.address, e.port): e.id for e in route.endpoints}
-    members: dict[Subset, list[tuple[EndpointId, int]]] = defaultdict(list)
+    members: dict[Ref, list[tuple[EndpointId, int]]] = defaultdict(list)
     for value in live:
         if value["kind"] != SERVICE_ENTRY:
             continue
@@ -220,6 +220,6 @@ def _members(route: DesiredRoute, live: Iterable[KubeObject]) -> dict[Subset, li
                 continue
             for host in spec.get("hosts", ()):
                 entry = (found, endpoint.get("weight", 1))
-                members[Subset(host)].append(entry)
-                members[Subset(host, endpoint.get("labels", {}).get(GPU, ""))].append(entry)
+                members[Ref(host)].append(entry)
+                members[Ref(host, endpoint.get("labels", {}).get(GPU, ""))].append(entry)
     return members

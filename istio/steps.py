@@ -20,19 +20,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from istio.names import DESTINATION_RULE, OURS, SERVICE_ENTRY, VIRTUAL_SERVICE, key_of
 from istio.ownership import same, version_of
 from istio.render import Rendered
+from istio.tables import Ref
 from meshctl.ports import KubeObject, ObjectKey
-
-
-class Ref(NamedTuple):
-    """One destination of a VirtualService; Envoy has a cluster for each."""
-
-    host: str
-    subset: str = ""
 
 
 @dataclass(frozen=True, slots=True, order=True)

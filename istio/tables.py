@@ -16,11 +16,11 @@ Row = Mapping[EndpointId, int]
 """Weights of one size class."""
 
 
-class Subset(NamedTuple):
-    """Where a rule sends requests: all of a host, or a subset of it."""
+class Ref(NamedTuple):
+    """Where a rule sends requests, all of a host or a subset of it; Envoy has a cluster for each."""
 
     host: str
-    name: str = ""
+    subset: str = ""
 
 
 def row_over(row: Row, endpoints: Sequence[EndpointId]) -> dict[EndpointId, int]:
@@ -53,11 +53,11 @@ class Dealer:
     is left with zeros only, which would read as drained, while there is enough for everyone.
     """
 
-    def __init__(self, members: Mapping[Subset, Sequence[EndpointId]]) -> None:
+    def __init__(self, members: Mapping[Ref, Sequence[EndpointId]]) -> None:
         self._members = members
         self._next = dict.fromkeys(members, 0)
 
-    def deal(self, subset: Subset, weight: int) -> dict[EndpointId, int]:
+    def deal(self, subset: Ref, weight: int) -> dict[EndpointId, int]:
         """`weight` of `subset`; nothing where it has no endpoint."""
         members = self._members.get(subset, ())
         if not members:

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from istio.names import DESTINATION_RULE, OURS, SERVICE_ENTRY, VIRTUAL_SERVICE, key_of
 from istio.ownership import same
 from istio.render import Rendered, render
-from istio.steps import History, Ref, Written, next_step, observe, refs_of, written_of
+from istio.steps import History, Written, next_step, observe, refs_of, written_of
+from istio.tables import Ref
 from meshctl.model import Mechanism, RouteId, SizeClass
 from meshctl.ports import KubeObject, ObjectKey
 from tests.harness.istio_plans import meshed, objects
