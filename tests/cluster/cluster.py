@@ -9,7 +9,6 @@ loop: `up` and `down` block, for a fixture of the session; what a test calls may
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import csv
 import os
@@ -17,10 +16,8 @@ import secrets
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import orjson
@@ -36,7 +33,7 @@ from tests.cluster.processes import (
     binary,
     reserved_port,
 )
-from tests.harness.tools import DEADLINE_S, ToolProcess, completed, require, until
+from tests.harness.tools import DEADLINE_S, Processes, ToolProcess, completed, require, until
 
 ADMIN = "admin"
 GATEWAY = f"{ISTIO_NAMESPACE}/ingress"
@@ -49,7 +46,7 @@ class KubectlError(AssertionError):
     """What kubectl, or the API server through it, said against a command."""
 
 
-class Cluster:
+class Cluster(Processes):
     """An async context manager, see the module; `istio` may come later, with `start_istio`.
 
     Attributes are the processes, for tests that break them: `etcd`, `apiserver`, `controllers`, `scheduler` (None
@@ -75,7 +72,7 @@ class Cluster:
         self._want = (istio, gateways, crds)
         self._token = secrets.token_hex(16)
         self._pilot = pilot
-        self._stack = ExitStack()
+        super().__init__()
         self._key = directory / "service-accounts.key"
         self.etcd = Etcd(directory / "etcd")
         self.apiserver = ApiServer(directory / "apiserver", self.etcd, directory / "tokens.csv", self._key)
@@ -108,31 +105,11 @@ class Cluster:
             raise
         return self
 
-    def down(self) -> None:
-        """Ends everything. Harmless when it has ended."""
-        self._stack.close()
-
     @property
     def processes(self) -> list[ToolProcess]:
         """Everything that is part of it, running or not."""
         optional = [process for process in (self.scheduler, self.istiod) if process is not None]
         return [self.etcd, self.apiserver, self.controllers, *optional, *self.gateways]
-
-    async def __aenter__(self) -> Self:
-        try:
-            return await completed(self.up)
-        except asyncio.CancelledError:
-            self.down()
-            raise
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await completed(self.down)
-
-    def _start(self, process: ToolProcess) -> None:
-        self._stack.callback(process.stop, signal.SIGKILL)  # nothing of it is needed any more
-        process.start()
 
     def _write_secrets(self) -> None:
         with (self.directory / "tokens.csv").open("w", newline="") as tokens:

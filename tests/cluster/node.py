@@ -15,7 +15,6 @@ Needs root (mount namespaces, cgroups). The pods' network is the machine's: ``ho
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import io
 import os
@@ -28,7 +27,6 @@ import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import orjson
@@ -36,7 +34,7 @@ import pytest
 
 from tests.cluster.cluster import Cluster
 from tests.cluster.processes import binary
-from tests.harness.tools import DEADLINE_S, ToolProcess, completed, holds_by, require
+from tests.harness.tools import DEADLINE_S, Processes, ToolProcess, holds_by, require
 
 IMAGE = "localhost/busybox:1"
 """There from the start: /bin/sh and all of busybox. Runs until it is ended, unless told a command."""
@@ -96,7 +94,7 @@ def _obstacle() -> str | None:
     return None if _address() else "a kubelet needs an address that is not loopback, and this machine has none"
 
 
-class Node:
+class Node(Processes):
     """An async context manager, see the module; `config` goes on top of the kubelet's configuration.
 
     Attributes are the processes, for tests that break them: `containerd` and `kubelet` may be ended and started, and
@@ -115,7 +113,7 @@ class Node:
         self.enclave = Enclave(directory)
         self.containerd = Containerd(directory, self.enclave)
         self.kubelet = Kubelet(directory, self.enclave, cluster, self.cgroup, config or {})
-        self._stack = ExitStack()
+        super().__init__()
 
     @property
     def plugin_dir(self) -> Path:
@@ -146,7 +144,7 @@ class Node:
 
     def down(self) -> None:
         """Ends it and all its pods; the Node object stays in the cluster. Harmless when it has ended."""
-        self._stack.close()
+        super().down()
 
     def load(self, archive: Path) -> None:
         """Images from a tar that ``docker save`` could have written; pods find them by their tags."""
@@ -155,22 +153,6 @@ class Node:
             self.enclave.inside(*command, archive), capture_output=True, text=True, timeout=2 * DEADLINE_S
         )
         assert ran.returncode == 0, f"{archive} was not imported: {ran.stderr.strip()}"
-
-    async def __aenter__(self) -> Self:
-        try:
-            return await completed(self.up)
-        except asyncio.CancelledError:
-            self.down()
-            raise
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await completed(self.down)
-
-    def _start(self, process: ToolProcess) -> None:
-        self._stack.callback(process.stop, signal.SIGKILL)  # nothing of it is needed any more
-        process.start()
 
 
 class Enclave(ToolProcess):

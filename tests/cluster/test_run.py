@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -12,8 +10,8 @@ import orjson
 import pytest
 
 from tests.cluster.cluster import Cluster
-from tests.cluster.world import LEASE, NAME, World, decisions, world
-from tests.harness.tools import DEADLINE_S, until
+from tests.cluster.world import LEASE, NAME, World, decisions, meshctl, world
+from tests.harness.tools import until
 
 pytestmark = pytest.mark.cluster
 
@@ -90,7 +88,7 @@ async def test_what_somebody_else_changes_is_left_alone_until_it_is_taken_back(
             await decisions(controller, 8)
             assert (await here.get("VirtualService"))["spec"]["http"] == edited
             await here.served()
-            await _meshctl(cluster, "resume", f"{here.namespace}/{NAME}")
+            await meshctl("resume", f"{here.namespace}/{NAME}", "--kubeconfig", str(cluster.kubeconfig))
             await here.until_condition("Conflict", "False")
             await here.until_condition("Ready", "True")
             taken = (await here.get("VirtualService"))["spec"]["http"]
@@ -103,7 +101,7 @@ async def test_a_deleted_route_takes_its_objects_along_and_a_paused_one_stays(cl
         await here.apply(policy="Proportional")
         async with here.confirming() as controller:
             await here.until_condition("Ready", "True")
-            await _meshctl(cluster, "pause", f"{here.namespace}/{NAME}")
+            await meshctl("pause", f"{here.namespace}/{NAME}", "--kubeconfig", str(cluster.kubeconfig))
             await here.until_condition("Ready", "True", "Suspended")
             before = {name: value["spec"] for name, value in (await here.objects()).items()}
             await here.patch('{"spec": {"policy": "RoundRobin"}}')
@@ -153,11 +151,3 @@ async def _until_timeout(here: World, timeout: str) -> float:
 
 def _json(value: object) -> str:
     return orjson.dumps(value).decode()
-
-
-async def _meshctl(cluster: Cluster, *arguments: str) -> None:
-    """A command that must succeed."""
-    command = (sys.executable, "-m", "meshctl", *arguments, "--kubeconfig", str(cluster.kubeconfig))
-    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
-    _, said = await asyncio.wait_for(process.communicate(), DEADLINE_S)
-    assert process.returncode == 0, said.decode()

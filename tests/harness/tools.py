@@ -206,3 +206,34 @@ _running: set[ToolProcess] = set()
 def _stop_what_runs() -> None:
     for tool in sorted(_running, key=lambda tool: tool.name):
         tool.stop()
+
+
+class Processes(ABC):
+    """Several of them as one: an async context manager over `up` and `down`, which block and need no event loop."""
+
+    def __init__(self) -> None:
+        self._stack = ExitStack()
+
+    @abstractmethod
+    def up(self) -> Self:
+        """Returns when everything is ready; what was begun is ended when something is not."""
+
+    def down(self) -> None:
+        """Ends everything. Harmless when it has ended."""
+        self._stack.close()
+
+    async def __aenter__(self) -> Self:
+        try:
+            return await completed(self.up)
+        except asyncio.CancelledError:
+            self.down()
+            raise
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await completed(self.down)
+
+    def _start(self, process: ToolProcess) -> None:
+        self._stack.callback(process.stop, signal.SIGKILL)  # nothing of it is needed any more
+        process.start()
