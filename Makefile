@@ -9,7 +9,7 @@
 .DELETE_ON_ERROR:
 
 BIN := .venv/bin
-CODE := meshctl xds istio bench tests
+CODE := meshctl xds istio deviceplugin bench tests
 WORKERS := 2
 PYTEST := $(BIN)/pytest -q
 

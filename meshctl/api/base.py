@@ -82,6 +82,12 @@ class Metadata(Strict):
     self_link: Unread = None
 
 
+class ClusterMetadata(Metadata):
+    """Of an object that is in no namespace. One that is given is dropped, as the API server does."""
+
+    namespace: Annotated[Literal[""], BeforeValidator(lambda _: "")] = ""
+
+
 class Condition(Strict):
     """One observation of the object's state, as in Kubernetes."""
 

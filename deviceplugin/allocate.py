@@ -1,0 +1,1 @@
+"""Which slots a container gets, or why it gets none. Pure."""

@@ -1,0 +1,1 @@
+"""What the kubelet adds to a container that got slots. Pure."""

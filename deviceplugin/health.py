@@ -1,0 +1,1 @@
+"""When a GPU is unhealthy, and healthy again. Pure."""

@@ -1,0 +1,1 @@
+"""Which slot is whose, as the kubelet says, and what it was promised since. Pure."""

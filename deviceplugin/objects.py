@@ -1,0 +1,1 @@
+"""The GPU object of a GPU. Pure."""

@@ -1,0 +1,1 @@
+"""Which policy a GPU is shared by. Pure."""

@@ -1,0 +1,1 @@
+"""What the pods of the node ask for, and what the scheduler gave them. Pure."""
