@@ -32,7 +32,7 @@ class Allocation(Strict):
     """What a pod's containers get."""
 
     version: Annotated[int, Field(ge=VERSION, le=VERSION)] = VERSION
-    containers: tuple[ContainerAllocation, ...] = ()
+    containers: Annotated[tuple[ContainerAllocation, ...], Field(strict=False)] = ()
 
     def by_container(self) -> Mapping[str, Mapping[str, int]]:
         return {container.name: container.gpus for container in self.containers}

@@ -28,7 +28,7 @@ class GPUHolder(Strict):
     namespace: Annotated[str, Field(max_length=63)]
     pod: Annotated[str, Field(max_length=253)]
     container: Annotated[str, Field(max_length=63)]
-    slots: Annotated[tuple[Count, ...], Field(max_length=100)]
+    slots: Annotated[tuple[Count, ...], Field(strict=False, max_length=100)]
     """Indices of the slots, ascending."""
 
 
@@ -85,7 +85,7 @@ class GPUStatus(Strict):
     """Used and total, as `kubectl get` shows it: 3/10."""
     tenant: Annotated[str, Field(max_length=63)] | None = None
     """Namespace whose pods are on it, with isolation Tenant."""
-    holders: Annotated[tuple[GPUHolder, ...], Field(max_length=100)] | None = None
+    holders: Annotated[tuple[GPUHolder, ...], Field(strict=False, max_length=100)] | None = None
     mps: GPUMps | None = None
     heartbeat: Annotated[str, Field(max_length=40)] | None = None
     """When the agent last looked; written at most once a minute if nothing else changed."""

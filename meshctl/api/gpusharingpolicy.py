@@ -45,9 +45,13 @@ class MpsSpec(Strict):
 class HealthSpec(Strict):
     """When a GPU is unhealthy, and when healthy again."""
 
-    ignored_xids: Annotated[tuple[Xid, ...], Field(max_length=64, alias="ignoredXIDs", json_schema_extra=SET)] = ()
+    ignored_xids: Annotated[
+        tuple[Xid, ...], Field(strict=False, max_length=64, alias="ignoredXIDs", json_schema_extra=SET)
+    ] = ()
     """XIDs that mark nothing, besides those that applications cause (13, 31, 43, 45, 68, 109)."""
-    critical_xids: Annotated[tuple[Xid, ...], Field(max_length=64, alias="criticalXIDs", json_schema_extra=SET)] = ()
+    critical_xids: Annotated[
+        tuple[Xid, ...], Field(strict=False, max_length=64, alias="criticalXIDs", json_schema_extra=SET)
+    ] = ()
     """XIDs that always mark the GPU; they win over ignoredXIDs and over those that applications cause."""
     recover_after: Duration = sharing.HealthRules().recover_after_s
     """A GPU is healthy again when it answered for this long without another XID."""
@@ -78,7 +82,7 @@ class GPUSharingPolicySpec(Strict):
         Field(max_length=32, default_factory=dict),
     ]
     """Labels that a node must have; empty: every node."""
-    products: Annotated[tuple[GpuProduct, ...], Field(max_length=32, json_schema_extra=SET)] = ()
+    products: Annotated[tuple[GpuProduct, ...], Field(strict=False, max_length=32, json_schema_extra=SET)] = ()
     """GPU products, as NVML or the node label nvidia.com/gpu.product writes them; empty: every product."""
     priority: Annotated[int, Field(ge=-1000, le=1000)] = 0
     """Of two policies for one GPU the higher wins; of equal ones the older, then the first by name."""
@@ -126,7 +130,7 @@ class GPUSharingPolicyStatus(Strict):
     """GPUs that this policy is for."""
     ready: Annotated[int, Field(ge=0)] | None = None
     """Of these, shared as this generation of the policy says."""
-    nodes: Annotated[tuple[PolicyNode, ...], Field(max_length=1000)] | None = None
+    nodes: Annotated[tuple[PolicyNode, ...], Field(strict=False, max_length=1000)] | None = None
     """Progress by node; those that are not done come first, and at most 1000 are listed."""
     conditions: Conditions | None = None
     """Accepted: it is valid and some GPU takes it. Programmed: every GPU it is for is shared so. Conflict: another
