@@ -5,10 +5,9 @@ The listener is static and everything else comes over ADS: see docs/decisions/00
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
-from meshctl.errors import InputError
+from meshctl.address import Address
 from xds.subscription import GATEWAY_CLUSTER
 from xds.translate import ROUTE_CONFIGURATION
 from xds.wire import ADMIN_METADATA
@@ -19,29 +18,6 @@ MAX_REQUEST_HEADERS_KB = 96
 STREAM_IDLE_TIMEOUT = "300s"
 """Each route has its own timeout, which is shorter; this ends what a client left open."""
 _TYPE = "type.googleapis.com/envoy.extensions"
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """``host:port``; an IPv6 host in brackets."""
-
-    host: str
-    port: int
-
-    @staticmethod
-    def parse(text: str, what: str) -> Address:
-        """Raises InputError naming `what`."""
-        host, colon, port = text.rpartition(":")
-        if not colon or not host or not port.isdecimal() or int(port) > 65535:
-            raise InputError(f"{what}: {text!r} is not HOST:PORT; for example 127.0.0.1:10000")
-        return Address(host.strip("[]"), int(port))
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-    def config(self) -> dict[str, Any]:
-        """As Envoy writes it."""
-        return {"socket_address": {"address": self.host, "port_value": self.port}}
 
 
 def bootstrap(xds: Address, listen: Address, admin: Address, node_id: str) -> dict[str, Any]:
@@ -69,7 +45,7 @@ def base(admin: Address, node_id: str) -> dict[str, Any]:
     """What every bootstrap of ours has: who it is, admin interface, limits."""
     return {
         "node": {"id": node_id, "cluster": GATEWAY_CLUSTER, "metadata": {ADMIN_METADATA: str(admin)}},
-        "admin": {"address": admin.config()},
+        "admin": {"address": socket_address(admin)},
         "layered_runtime": {
             "layers": [
                 {
@@ -84,6 +60,11 @@ def base(admin: Address, node_id: str) -> dict[str, Any]:
             ]
         },
     }
+
+
+def socket_address(address: Address) -> dict[str, Any]:
+    """As Envoy writes it."""
+    return {"socket_address": {"address": address.host, "port_value": address.port}}
 
 
 def listener(address: Address, routes: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +86,7 @@ def listener(address: Address, routes: dict[str, Any]) -> dict[str, Any]:
         "generate_request_id": False,
     }
     network = {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}
-    return {"name": "ingress", "address": address.config(), "filter_chains": [{"filters": [network]}]}
+    return {"name": "ingress", "address": socket_address(address), "filter_chains": [{"filters": [network]}]}
 
 
 def http2() -> dict[str, Any]:
@@ -131,5 +112,5 @@ def _xds_cluster(xds: Address) -> dict[str, Any]:
 
 def static_assignment(name: str, endpoints: list[Address]) -> dict[str, Any]:
     """A load assignment over `endpoints`, all alike."""
-    members = [{"endpoint": {"address": endpoint.config()}} for endpoint in endpoints]
+    members = [{"endpoint": {"address": socket_address(endpoint)}} for endpoint in endpoints]
     return {"cluster_name": name, "endpoints": [{"lb_endpoints": members}]}

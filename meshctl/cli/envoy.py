@@ -27,7 +27,8 @@ def bootstrap_command(
 ) -> None:
     """Print the bootstrap of an Envoy that takes its routes from meshctl: `envoy -c FILE`."""
     # Imported here: the messages of the data plane take longer to import than the other commands take to run.
-    from xds.bootstrap import Address, bootstrap
+    from meshctl.address import Address
+    from xds.bootstrap import bootstrap
 
     listening = Address.parse(listen, "--listen")
     data = bootstrap(

@@ -66,9 +66,9 @@ def run(
 
     import uvloop
 
+    from meshctl.address import Address
     from meshctl.cli.logs import configure_logs
     from meshctl.controller.config import Config
-    from xds.bootstrap import Address
 
     config = Config(
         manifests=manifests,

@@ -19,49 +19,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-import orjson
 from aiohttp import web
 
 from meshctl import __version__
 from meshctl.controller.metrics import CONTENT_TYPE, Metrics
 from meshctl.controller.state import State
 from meshctl.controller.views import route_summaries, route_view, status_view
-from meshctl.errors import InputError
+from meshctl.httpserver import HttpServer, json_response
 from meshctl.model import RouteId
-from xds.bootstrap import Address
-
-SHUTDOWN_S = 1.0
-"""For answers under way; there are no long ones."""
 
 
-class AdminServer:
+class AdminServer(HttpServer):
     """Serves from `start` to `stop`."""
 
     def __init__(self, state: Callable[[], State], metrics: Metrics) -> None:
         self._state = state
         self._metrics = metrics
-        self._runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=SHUTDOWN_S)
-        self.address = Address("", 0)
-        """Where it listens, once started."""
-
-    async def start(self, address: Address) -> None:
-        """Bind; port 0 takes a free one. Raises InputError when it can't."""
-        await self._runner.setup()
-        try:
-            await web.TCPSite(self._runner, address.host, address.port).start()
-        except OSError as error:
-            await self._runner.cleanup()
-            raise InputError(
-                f"the admin API can't listen on {address}: {error.strerror}; choose another --admin"
-            ) from error
-        self.address = Address(*self._runner.addresses[0][:2])
-
-    async def stop(self) -> None:
-        await self._runner.cleanup()
-
-    def _application(self) -> web.Application:
-        application = web.Application()
-        application.add_routes(
+        super().__init__(
             [
                 web.get("/healthz", self._healthz),
                 web.get("/readyz", self._readyz),
@@ -72,7 +46,6 @@ class AdminServer:
                 web.get("/api/v1/explain/{namespace}/{name}", self._route),
             ]
         )
-        return application
 
     async def _healthz(self, _: web.Request) -> web.Response:
         return web.Response(text="ok\n")
@@ -80,7 +53,7 @@ class AdminServer:
     async def _readyz(self, _: web.Request) -> web.Response:
         state = self._state()
         body = {"ready": state.published, "degraded": [f"{p.where}: {p.message}" for p in state.failures]}
-        return _json(body, status=200 if state.published else 503)
+        return json_response(body, status=200 if state.published else 503)
 
     async def _exposition(self, _: web.Request) -> web.Response:
         # in a thread: 1000 routes are 10^5 lines, and the ADS streams share this event loop
@@ -89,18 +62,14 @@ class AdminServer:
 
     async def _status(self, _: web.Request) -> web.Response:
         state = self._state()
-        return _json(await asyncio.to_thread(status_view, state, __version__))
+        return json_response(await asyncio.to_thread(status_view, state, __version__))
 
     async def _routes(self, _: web.Request) -> web.Response:
-        return _json(await asyncio.to_thread(route_summaries, self._state()))
+        return json_response(await asyncio.to_thread(route_summaries, self._state()))
 
     async def _route(self, request: web.Request) -> web.Response:
         state = self._state()
         route_id = RouteId(f"{request.match_info['namespace']}/{request.match_info['name']}")
         if route_id not in state.plan.routes:
-            return _json({"error": f"no route {route_id}", "routes": sorted(state.plan.routes)}, status=404)
-        return _json(route_view(state, route_id))
-
-
-def _json(value: object, *, status: int = 200) -> web.Response:
-    return web.Response(body=orjson.dumps(value) + b"\n", status=status, content_type="application/json")
+            return json_response({"error": f"no route {route_id}", "routes": sorted(state.plan.routes)}, status=404)
+        return json_response(route_view(state, route_id))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from xds.bootstrap import Address
+from meshctl.address import Address
 
 DEFAULT_XDS = Address("127.0.0.1", 18000)
 DEFAULT_ADMIN = Address("127.0.0.1", 18001)

@@ -23,8 +23,9 @@ import aiohttp
 import orjson
 from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_after_delay, wait_fixed
 
+from meshctl.address import Address
 from meshctl.errors import InputError, MeshctlError
-from xds.bootstrap import Address, base, bootstrap, listener, static_assignment
+from xds.bootstrap import base, bootstrap, listener, static_assignment
 from xds.translate import UNLIMITED
 
 ENVOY_BIN = "ENVOY_BIN"

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import orjson
 
+from meshctl.address import Address
 from meshctl.sim.envoy import envoy_binary
 from tests.harness.tools import ToolProcess, page, require
-from xds.bootstrap import Address, base, http2, static_assignment
+from xds.bootstrap import base, http2, static_assignment
 
 ISTIO_NAMESPACE = "istio-system"
 ISTIO_TAGS = (

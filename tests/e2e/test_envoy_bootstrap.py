@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from meshctl.address import Address
 from meshctl.errors import InputError
 from meshctl.sim.envoy import ENVOY_BIN, envoy_binary
 from tests.harness.envoy import require_envoy
-from xds.bootstrap import Address
 
 pytestmark = pytest.mark.envoy
 

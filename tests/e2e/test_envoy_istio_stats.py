@@ -11,13 +11,14 @@ import pytest
 
 from istio.names import size_host, subsets_host
 from meshctl.adapters.scrape import ScrapeSignals
+from meshctl.address import Address
 from meshctl.controller.clock import MonotonicClock
 from meshctl.model import DEFAULT_CLASS, DesiredRoute, RouteId, Signal, cluster_name
 from meshctl.sim.envoy import EnvoyProcess
 from tests.cluster.processes import ISTIO_TAGS
 from tests.harness.envoy import require_envoy
 from tests.harness.pages import route, server
-from xds.bootstrap import Address, base, listener, static_assignment
+from xds.bootstrap import base, listener, static_assignment
 
 pytestmark = pytest.mark.envoy
 

@@ -19,6 +19,7 @@ from typing import Any
 import aiohttp
 import orjson
 
+from meshctl.address import Address
 from meshctl.controller.loop import Loop
 from meshctl.model import (
     DataPlaneStatus,
@@ -34,7 +35,6 @@ from meshctl.model import (
     SizeClass,
 )
 from meshctl.ports import Desired, Observed
-from xds.bootstrap import Address
 
 ANY_PORT = Address("127.0.0.1", 0)
 DEADLINE_S = 30.0
