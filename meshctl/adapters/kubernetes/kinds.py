@@ -145,6 +145,8 @@ class Kind:
     namespaced: bool = True
     keep: Callable[[Raw], Raw] = _whole
     """From the object as it was sent (never changed) to what is held of it; apiVersion and kind are added."""
+    absent_ok: bool = False
+    """A cluster without its CRD is as good: that is told to nobody."""
 
     @property
     def api_version(self) -> str:
@@ -179,6 +181,8 @@ KINDS: Mapping[str, Kind] = {
     for kind in (
         Kind("ModelRoute", _OURS, "v1alpha1", "modelroutes"),
         Kind("ModelProfile", _OURS, "v1alpha1", "modelprofiles"),
+        Kind("GPUSharingPolicy", _OURS, "v1alpha1", "gpusharingpolicies", namespaced=False, absent_ok=True),
+        Kind("GPU", _OURS, "v1alpha1", "gpus", namespaced=False, absent_ok=True),
         Kind("Service", "", "v1", "services", keep=_service),
         Kind("EndpointSlice", "discovery.k8s.io", "v1", "endpointslices", keep=_endpoint_slice),
         Kind("Pod", "", "v1", "pods", keep=_pod),
@@ -189,6 +193,7 @@ KINDS: Mapping[str, Kind] = {
         Kind("Gateway", _ISTIO, "v1", "gateways"),
         Kind("Lease", "coordination.k8s.io", "v1", "leases"),
         Kind("Event", "events.k8s.io", "v1", "events"),
+        Kind("ConfigMap", "", "v1", "configmaps"),
         Kind("Namespace", "", "v1", "namespaces", namespaced=False),
         Kind("CustomResourceDefinition", "apiextensions.k8s.io", "v1", "customresourcedefinitions", namespaced=False),
     )
@@ -197,5 +202,7 @@ MANDATORY = ("ModelRoute", "ModelProfile", "Service", "EndpointSlice", "Pod")
 """Without these nothing can be decided."""
 OPTIONAL = ("Node",)
 """Without these something is decided: a pod's GPU is then known from its annotation only."""
+GPUS = ("GPU", "GPUSharingPolicy")
+"""Of clusters that share GPUs: who holds which, and how they are to be shared."""
 ISTIO = ("VirtualService", "DestinationRule", "ServiceEntry", "Gateway")
 """Watched with --istio; their CRDs may come later."""

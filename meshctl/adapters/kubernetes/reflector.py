@@ -95,6 +95,11 @@ class Reflector:
         return "; ".join(feed.missing for feed in self._feeds if feed.missing)
 
     @property
+    def absent(self) -> bool:
+        """The kind does not exist, and need not."""
+        return self.kind.absent_ok and all(feed.absent for feed in self._feeds)
+
+    @property
     def problem(self) -> str:
         """Why the copy may be behind; "" when it is not."""
         return "; ".join(feed.problem for feed in self._feeds if feed.problem)
@@ -146,6 +151,8 @@ class _Feed:
         self.missing = f"{self._what}: not listed yet"
         self.problem = ""
         self.settled = False
+        self.absent = False
+        """The API server knows no such kind."""
         self._client, self._kind, self._selector, self._tell, self._pace = client, kind, label_selector, tell, pace
         self._failures = 0
         """In a row, since a watch went well."""
@@ -172,7 +179,7 @@ class _Feed:
                 version = page.resource_version
         changed = self.mirror.listed(found, version)
         self._must_list = False
-        self.settled = True
+        self.settled, self.absent = True, False
         self._tell(changed, state=False)
         self._say(missing="", problem=self.problem)
 
@@ -217,6 +224,7 @@ class _Feed:
         self._failures += 1
         if isinstance(error, RefusedError):
             self._must_list, self.settled = True, True
+            self.absent = isinstance(error, AbsentError)
             self._say(missing=f"{error}{_advice(error, self._kind)}", problem="")
             return self._pace.refused_s * _random.uniform(0.8, 1.2)
         if isinstance(error, ExpiredError) or self._failures % FAILURES_TO_LIST == 0:
@@ -233,7 +241,7 @@ class _Feed:
 
     def _say(self, *, missing: str, problem: str) -> None:
         if (missing, problem) != (self.missing, self.problem):
-            if missing or problem:
+            if (missing or problem) and not (self.absent and self._kind.absent_ok):
                 log.warning("not all objects are known", what=self._what, why=missing or problem)
             self.missing, self.problem = missing, problem
             self._tell((), state=True)

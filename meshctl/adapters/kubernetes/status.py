@@ -25,12 +25,17 @@ class KubernetesStatus:
         return await self._client.apply(wanted, subresource="status", manager=MANAGER, force=True)
 
     async def post_event(self, about: ObjectKey, uid: str, type_: str, reason: str, message: str, action: str) -> None:
-        """Posted once: an answer that was lost is not asked for again, so that one event is not told twice."""
+        """Posted once: an answer that was lost is not asked for again, so that one event is not told twice.
+
+        Events have a namespace; what is told of an object that has none is in `default`, where kubectl looks for it."""
         await self._client.create(
             {
                 "apiVersion": KINDS["Event"].api_version,
                 "kind": "Event",
-                "metadata": {"namespace": about.namespace, "name": f"{about.name[:200]}.{secrets.token_hex(8)}"},
+                "metadata": {
+                    "namespace": about.namespace or "default",
+                    "name": f"{about.name[:200]}.{secrets.token_hex(8)}",
+                },
                 "eventTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
                 "reportingController": CONTROLLER,
                 "reportingInstance": self._instance[:128],

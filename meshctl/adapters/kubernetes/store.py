@@ -14,7 +14,7 @@ from typing import Self
 import structlog
 
 from meshctl.adapters.kubernetes.client import Client
-from meshctl.adapters.kubernetes.kinds import ISTIO, KINDS, MANDATORY, OPTIONAL
+from meshctl.adapters.kubernetes.kinds import GPUS, ISTIO, KINDS, MANDATORY, OPTIONAL
 from meshctl.adapters.kubernetes.reflector import Pace, Reflector
 from meshctl.errors import UnavailableError
 from meshctl.model import Problem
@@ -40,7 +40,7 @@ class ClusterObjects:
             name: Reflector(
                 client, KINDS[name], namespaces=namespaces, on_change=self._tell, on_state=self._tell_state, pace=pace
             )
-            for name in (*MANDATORY, *OPTIONAL, *(ISTIO if istio else ()))
+            for name in (*MANDATORY, *OPTIONAL, *GPUS, *(ISTIO if istio else ()))
         }
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._own = Reader(self)
@@ -101,7 +101,7 @@ class ClusterObjects:
         return tuple(
             Problem(f"{self.client.server} {reflector.kind.resource}", message)
             for reflector in self._reflectors.values()
-            for message in (reflector.missing, reflector.problem)
+            for message in ("" if reflector.absent else reflector.missing, reflector.problem)
             if message
         )
 
