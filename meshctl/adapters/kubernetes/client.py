@@ -99,6 +99,7 @@ class Client:
         namespace: str = "",
         *,
         label_selector: str = "",
+        field_selector: str = "",
         page: int = PAGE,
         deadline_s: float = LIST_DEADLINE_S,
         retry: bool = True,
@@ -108,7 +109,7 @@ class Client:
         Raises ExpiredError when the server forgot that moment between two pages: begin again.
         """
         ends_s = time.monotonic() + deadline_s
-        query = {"limit": str(page)} | ({"labelSelector": label_selector} if label_selector else {})
+        query = {"limit": str(page)} | _selected(label_selector, field_selector)
         where = f"list {kind.resource}" + (f" in namespace {namespace}" if namespace else "")
         while True:
             left_s = max(ends_s - time.monotonic(), 0.1)
@@ -135,6 +136,7 @@ class Client:
         resource_version: str,
         *,
         label_selector: str = "",
+        field_selector: str = "",
         timeout_s: float,
         silence_s: float,
     ) -> AsyncGenerator[Event | None]:
@@ -148,7 +150,7 @@ class Client:
             "allowWatchBookmarks": "true",
             "resourceVersion": resource_version,
             "timeoutSeconds": str(int(timeout_s)),
-        } | ({"labelSelector": label_selector} if label_selector else {})
+        } | _selected(label_selector, field_selector)
         doing = f"watch {kind.resource}" + (f" in namespace {namespace}" if namespace else "")
         url = self._config.host + kind.path(namespace) + "?" + urlencode(query)
         limits = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=silence_s)
@@ -307,6 +309,11 @@ def _pause_s(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     asked_s = error.retry_after_s if isinstance(error, BusyError) else 0.0
     return max(asked_s, _BACKOFF(state))
+
+
+def _selected(labels: str, fields: str) -> dict[str, str]:
+    """The part of a list's or a watch's query that says which objects."""
+    return {name: text for name, text in (("labelSelector", labels), ("fieldSelector", fields)) if text}
 
 
 async def _lines(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import structlog
 
@@ -33,6 +33,8 @@ from meshctl.ports import KubeObject, ObjectKey
 
 FAILURES_TO_LIST = 5
 """After so many in a row the watch is given up for a new list: the version may be one the server cannot reach."""
+
+RESTART_S = 5.0
 
 log = structlog.get_logger(__name__)
 _random = random.SystemRandom()
@@ -56,8 +58,15 @@ class Pace:
     """A watch that lasted this long was a good one: the next failure is a first one."""
 
 
+class _Selectors(NamedTuple):
+    """Which objects of the kind; "": all."""
+
+    labels: str
+    fields: str
+
+
 class Reflector:
-    """One kind, in `namespaces` (empty: all). `run` it; read `objects` from the same event loop.
+    """One kind, in `namespaces` (empty: all), those that the selectors say. Read `objects` from its event loop.
 
     `on_change` is called for every object that is another now, `on_state` when `missing` or `problem` differs; both
     while `objects` already has the news. They must not raise.
@@ -70,6 +79,7 @@ class Reflector:
         *,
         namespaces: tuple[str, ...] = (),
         label_selector: str = "",
+        field_selector: str = "",
         on_change: Callable[[ObjectKey], object] = lambda _: None,
         on_state: Callable[[], object] = lambda: None,
         pace: Pace | None = None,
@@ -79,8 +89,9 @@ class Reflector:
         self.objects: Mapping[ObjectKey, KubeObject] = MappingProxyType(held)
         """Live: what it shows changes whenever the event loop runs."""
         self._on_change, self._on_state = on_change, on_state
+        selectors = _Selectors(label_selector, field_selector)
         self._feeds = tuple(
-            _Feed(client, kind, Mirror(kind, held, scope), scope, label_selector, self._tell, pace or Pace())
+            _Feed(client, kind, Mirror(kind, held, scope), scope, selectors, self._tell, pace or Pace())
             for scope in (namespaces if kind.namespaced and namespaces else ("",))
         )
 
@@ -108,6 +119,15 @@ class Reflector:
     def settled(self) -> bool:
         """Everything was listed, or refused: waiting longer is of no use."""
         return all(feed.settled for feed in self._feeds)
+
+    async def keep(self) -> None:
+        """`run`, for ever: a fault of this program in one event must not leave a kind as it was for good."""
+        while True:
+            try:
+                await self.run()
+            except* Exception:
+                log.exception("watching ended by a fault; again", kind=self.kind.resource)
+            await asyncio.sleep(RESTART_S)
 
     async def run(self) -> None:
         """Never returns. Raises only what is a fault of this program."""
@@ -142,7 +162,7 @@ class _Feed:
         kind: Kind,
         mirror: Mirror,
         namespace: str,
-        label_selector: str,
+        selectors: _Selectors,
         tell: _Tell,
         pace: Pace,
     ) -> None:
@@ -153,7 +173,7 @@ class _Feed:
         self.settled = False
         self.absent = False
         """The API server knows no such kind."""
-        self._client, self._kind, self._selector, self._tell, self._pace = client, kind, label_selector, tell, pace
+        self._client, self._kind, self._select, self._tell, self._pace = client, kind, selectors, tell, pace
         self._failures = 0
         """In a row, since a watch went well."""
         self._must_list = True
@@ -172,7 +192,13 @@ class _Feed:
         """Trims page by page, so that no more than one page is ever held whole."""
         found: list[tuple[ObjectKey, KubeObject]] = []
         version = ""
-        pages = self._client.pages(self._kind, self.namespace, label_selector=self._selector, retry=False)
+        pages = self._client.pages(
+            self._kind,
+            self.namespace,
+            label_selector=self._select.labels,
+            field_selector=self._select.fields,
+            retry=False,
+        )
         async with aclosing(pages):
             async for page in pages:
                 found += [(self._kind.key(raw), self._kind.kept(raw)) for raw in page.items]
@@ -191,7 +217,8 @@ class _Feed:
             self._kind,
             self.namespace,
             self.mirror.version,
-            label_selector=self._selector,
+            label_selector=self._select.labels,
+            field_selector=self._select.fields,
             timeout_s=self._pace.watch_s * _random.uniform(0.8, 1.2),
             silence_s=self._pace.silence_s,
         )

@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Self
 
-import structlog
-
 from meshctl.adapters.kubernetes.client import Client
 from meshctl.adapters.kubernetes.kinds import GPUS, ISTIO, KINDS, MANDATORY, OPTIONAL
 from meshctl.adapters.kubernetes.reflector import Pace, Reflector
@@ -22,9 +20,6 @@ from meshctl.ports import KubeObject, ObjectKey
 
 WRITE_S = 4.0
 """Longest a write may take. What the leader begins must be over before another replica can lead (`lease.Terms`)."""
-log = structlog.get_logger(__name__)
-
-RESTART_S = 5.0
 _NONE: Mapping[ObjectKey, KubeObject] = MappingProxyType({})
 
 
@@ -51,7 +46,7 @@ class ClusterObjects:
         Raises UnavailableError, having ended what it began, when that takes longer than `deadline_s`.
         """
         for name, reflector in self._reflectors.items():
-            self._tasks[name] = asyncio.create_task(self._keep(reflector), name=f"reflect {name}")
+            self._tasks[name] = asyncio.create_task(reflector.keep(), name=f"reflect {name}")
         try:
             async with asyncio.timeout(deadline_s):
                 while not self._ready():
@@ -60,15 +55,6 @@ class ClusterObjects:
             await self.stop()
             raise UnavailableError(f"after {deadline_s:g} s not all objects are known: {self._unready()}") from late
         return self
-
-    async def _keep(self, reflector: Reflector) -> None:
-        """A fault of this program in one event must not leave a kind as it was for good: it is listed again."""
-        while True:
-            try:
-                await reflector.run()
-            except* Exception:
-                log.exception("watching ended by a fault; again", kind=reflector.kind.resource)
-            await asyncio.sleep(RESTART_S)
 
     async def stop(self) -> None:
         for task in self._tasks.values():
