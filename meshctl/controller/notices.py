@@ -7,35 +7,15 @@ drained are in no status; they are told from one plan to the next, and forgotten
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from meshctl.controller.conditions import DRAINED, ConditionType, Status
-from meshctl.controller.statuses import StatusObject, conditions_of, words
 from meshctl.model import EndpointId, ReasonCode, RoutePlan
+from meshctl.told import NORMAL, WARNING, Notice, StatusObject, conditions_of
 
-NORMAL, WARNING = "Normal", "Warning"
-MESSAGE_CHARS = 1024
-"""The API server's limit."""
-PER_MINUTE = 10
-"""Events about one object: the API server's own limit for a client is 25 and then one per 5 minutes."""
-REPEAT_S = 60.0
-"""An Event that says the same is not sent again within this time."""
 TOLD = 5
 """Endpoints that change together and are told one by one; more are one Event."""
-_MINUTE_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Notice:
-    """An Event to be."""
-
-    type: str
-    reason: str
-    message: str
-    action: str
 
 
 # ------------------------------------------------------------------------------------------------------ transitions
@@ -110,25 +90,3 @@ def _each(
     else:
         named = ", ".join(endpoints[:TOLD])
         yield Notice(type_, reason, f"{len(endpoints)} endpoints at once: {named} ...", action)
-
-
-# -------------------------------------------------------------------------------------------------------------- rate
-
-
-@dataclass(slots=True)
-class Budget:
-    """What one object may still be told about: no repetition within `REPEAT_S`, `PER_MINUTE` in any minute."""
-
-    _sent: deque[tuple[float, str, str]] = field(default_factory=deque)
-    """When, reason, words; the last minute's."""
-
-    def allows(self, notice: Notice, now_s: float) -> bool:
-        """True once: the Notice is then counted as sent."""
-        while self._sent and self._sent[0][0] <= now_s - max(_MINUTE_S, REPEAT_S):
-            self._sent.popleft()
-        said = words(notice.message)
-        again = any((reason, message) == (notice.reason, said) for _, reason, message in self._sent)
-        if again or len(self._sent) >= PER_MINUTE:
-            return False
-        self._sent.append((now_s, notice.reason, said))
-        return True

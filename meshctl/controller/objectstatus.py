@@ -27,14 +27,12 @@ from typing import Any, TypeVar
 import structlog
 
 from meshctl.controller.conditions import INVALID_INPUT, Condition, conditions, unusable
-from meshctl.controller.notices import Budget, Notice, of_plans, of_statuses
+from meshctl.controller.notices import of_plans, of_statuses
 from meshctl.controller.state import State
 from meshctl.controller.statuses import (
-    StatusObject,
     Worth,
     as_confirmed_before,
     awaits_confirmation,
-    dated,
     profile_status,
     route_status,
     unusable_status,
@@ -43,6 +41,7 @@ from meshctl.controller.statuses import (
 from meshctl.errors import MeshctlError, UnavailableError
 from meshctl.model import Problem, RouteId, RoutePlan
 from meshctl.ports import Clock, KubeObject, ObjectKey, Objects, ObjectStatus
+from meshctl.told import Budget, Notice, StatusObject, dated
 
 log = structlog.get_logger(__name__)
 

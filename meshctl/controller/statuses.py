@@ -18,9 +18,7 @@ from typing import Any
 
 from meshctl.controller.conditions import INVALID_INPUT, PENDING, Condition, ConditionType, Status
 from meshctl.model import Problem, RoutePlan
-
-StatusObject = Mapping[str, Any]
-"""A `status` as its JSON says it."""
+from meshctl.told import StatusObject, conditions_of, words
 
 ATTAINMENT_POINTS = 1.0
 """Percentage points by which the expected attainment must differ to be written again."""
@@ -34,8 +32,6 @@ ACCEPTED = "Accepted"
 """A ModelProfile's only condition."""
 
 _PROGRAMMED = str(ConditionType.PROGRAMMED)
-_VOLATILE = re.compile(r"\d+(\.\d+)?(?=%| requests/s\b| m?s\b)|(?<=worst size, )[^:]+")
-"""What moves by itself in messages: percentages, rates, times, and which of many good size classes is the worst."""
 
 
 class Worth(Enum):
@@ -102,24 +98,6 @@ def _shares(plan: RoutePlan) -> Iterator[dict[str, str]]:
             yield {"size": size, "gpu": gpu, "share": f"{weight / total:.1%}"}
 
 
-def dated(new: Mapping[str, Any], old: StatusObject, now: str) -> dict[str, Any]:
-    """`new` with lastTransitionTime in its conditions: `now` (RFC 3339) where the status flips, else as in `old`."""
-    before = conditions_of(old)
-    conditions = []
-    for condition in new["conditions"]:
-        was = before.get(condition["type"], {})
-        since = was.get("lastTransitionTime") if was.get("status") == condition["status"] else None
-        conditions.append({**condition, "lastTransitionTime": since or now})
-    return {**new, "conditions": conditions}
-
-
-def conditions_of(status: StatusObject) -> dict[str, Mapping[str, Any]]:
-    """By type; a status that somebody else wrote may have anything in it."""
-    found = status.get("conditions")
-    listed = found if isinstance(found, list | tuple) else ()
-    return {str(c["type"]): c for c in listed if isinstance(c, Mapping) and "type" in c}
-
-
 # -------------------------------------------------------------------------------------------------------- comparison
 
 
@@ -151,11 +129,6 @@ def _acted_on(status: StatusObject) -> tuple[Any, ...]:
     told = [(t, c.get("status"), c.get("reason"), c.get("observedGeneration")) for t, c in sorted(conditions.items())]
     counts = [status.get(name) for name in ("observedGeneration", "endpoints", "readyEndpoints")]
     return (*counts, _percent(status.get("attainment")) is None, told)
-
-
-def words(message: str) -> str:
-    """`message` without what moves by itself."""
-    return _VOLATILE.sub("#", message)
 
 
 def _words(status: StatusObject) -> list[tuple[str, str]]:

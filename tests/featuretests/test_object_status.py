@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from meshctl.controller.notices import PER_MINUTE
 from meshctl.controller.objectstatus import (
     CONCURRENCY,
     GAP_S,
@@ -41,6 +40,7 @@ from meshctl.model import (
     Snapshot,
 )
 from meshctl.ports import Desired, KubeObject, ObjectKey, Observed
+from meshctl.told import PER_MINUTE
 from tests.harness.controller import DEADLINE_S, ManualClock, desired_route, routes
 from tests.harness.objects import MemoryObjects
 

@@ -14,10 +14,10 @@ from meshctl.controller.statuses import (
     Worth,
     as_confirmed_before,
     awaits_confirmation,
-    dated,
     unusable_status,
     worth_writing,
 )
+from meshctl.told import dated
 
 THEN, NOW = "2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"
 anything = st.recursive(

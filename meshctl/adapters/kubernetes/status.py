@@ -16,13 +16,14 @@ _MOST_MESSAGE = 1024
 
 
 class KubernetesStatus:
-    """`instance` names this replica in Events, for people."""
+    """`instance` names this replica (or node) in Events, for people; `manager` owns the fields of the status."""
 
-    def __init__(self, client: Client, instance: str) -> None:
+    def __init__(self, client: Client, instance: str, *, manager: str = MANAGER, controller: str = CONTROLLER) -> None:
         self._client, self._instance = client, instance
+        self._manager, self._controller = manager, controller
 
     async def apply_status(self, wanted: KubeObject) -> KubeObject:
-        return await self._client.apply(wanted, subresource="status", manager=MANAGER, force=True)
+        return await self._client.apply(wanted, subresource="status", manager=self._manager, force=True)
 
     async def post_event(self, about: ObjectKey, uid: str, type_: str, reason: str, message: str, action: str) -> None:
         """Posted once: an answer that was lost is not asked for again, so that one event is not told twice.
@@ -37,7 +38,7 @@ class KubernetesStatus:
                     "name": f"{about.name[:200]}.{secrets.token_hex(8)}",
                 },
                 "eventTime": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-                "reportingController": CONTROLLER,
+                "reportingController": self._controller,
                 "reportingInstance": self._instance[:128],
                 "type": type_,
                 "reason": reason,
