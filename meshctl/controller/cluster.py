@@ -71,7 +71,7 @@ async def cluster_parts(config: ClusterConfig, clock: Clock) -> AsyncIterator[Cl
         lease = await _lease(stack, client, config.lease)
         told: list[Callable[[], tuple[Problem, ...]]] = [store.problems]
         source = KubernetesSource(
-            store.reader(*MANDATORY, *OPTIONAL), lambda: tuple(p for problems in told for p in problems())
+            store.reader(*MANDATORY, *OPTIONAL, "GPU"), lambda: tuple(p for problems in told for p in problems())
         )
         writer = None
         if config.istio:

@@ -12,7 +12,7 @@ from meshctl.adapters.kubernetes.source import KubernetesSource
 from meshctl.errors import MeshctlError
 from meshctl.model import DesiredRoute, Problem, RouteId
 from meshctl.ports import Desired, KubeObject, ObjectKey, Source
-from tests.harness.cluster_objects import endpoint_slice, member, node, pod, served, service
+from tests.harness.cluster_objects import endpoint_slice, gpu, member, node, pod, served, service
 from tests.harness.manifests import changed, profile, route
 from tests.harness.objects import MemoryObjects
 
@@ -95,6 +95,11 @@ async def test_every_kind_of_change_arrives_and_leaves_the_others_alone() -> Non
         (lambda: objects.put(endpoint_slice("t", both[:1])), [("10.0.0.1:8000", "V100", True)]),
         (lambda: objects.put(node("n1", "V100-32GB")), [("10.0.0.1:8000", "V100-32GB", True)]),
         (
+            lambda: objects.put(gpu("GPU-1", "n1", "NVIDIA H200", "default/t-0")),
+            [("10.0.0.1:8000", "NVIDIA-H200", True)],
+        ),
+        (lambda: objects.remove(ObjectKey("GPU", "", "gpu-1")), [("10.0.0.1:8000", "V100-32GB", True)]),
+        (
             lambda: objects.put(endpoint_slice("t2", [member("t-9", "10.0.0.9")])),
             [("10.0.0.1:8000", "V100-32GB", True), ("10.0.0.9:8000", "", True)],
         ),
@@ -114,6 +119,18 @@ async def test_every_kind_of_change_arrives_and_leaves_the_others_alone() -> Non
             A,
         ),
     )
+
+
+async def test_what_a_gpu_says_of_others_changes_nothing() -> None:
+    """A heartbeat, and a pod of no route that gets slots beside ours: the endpoints are the very same objects."""
+    objects = cluster()
+    objects.put(gpu("GPU-1", "n1", "NVIDIA H200", "default/t-0"))
+    source = await started(objects)
+    before = source.desired()
+    assert endpoints(before.routes[A]) == [("10.0.0.1:8000", "NVIDIA-H200", True)]
+    objects.put(gpu("GPU-1", "n1", "NVIDIA H200", "default/t-0", "default/x", heartbeat="2026-01-01T00:00:00Z"))
+    assert not source.look()
+    assert source.desired().routes[A] is before.routes[A]
 
 
 async def test_a_slice_that_changes_hands_is_no_longer_the_old_services() -> None:

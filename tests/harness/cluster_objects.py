@@ -51,3 +51,13 @@ def node(name: str, gpu: str = "", **labels: str) -> dict[str, Any]:
 def served(value: dict[str, Any], namespace: str = NAMESPACE) -> KubeObject:
     """A manifest as the API server gives it back: in a namespace."""
     return {**value, "metadata": {"namespace": namespace, **value["metadata"]}}
+
+
+def gpu(name: str, node: str, product: str, *pods: str, **status: Any) -> dict[str, Any]:
+    """A GPU object as its node's agent writes it; each pod (``namespace/name``) holds one slot."""
+    holders = [
+        {"namespace": pod.partition("/")[0], "pod": pod.partition("/")[2], "container": "server", "slots": [slot]}
+        for slot, pod in enumerate(pods)
+    ]
+    value = kube("GPU", name.lower(), namespace="", spec={"node": node, "uuid": name})
+    return {**value, "apiVersion": "meshctl.io/v1alpha1", "status": {"product": product, "holders": holders, **status}}

@@ -8,9 +8,11 @@ import pytest
 
 from istio.names import key_of
 from meshctl.adapters.kubernetes.discovery import discover
+from meshctl.adapters.kubernetes.holders import GpuHolders, HeldGpu
 from meshctl.api.resolve import Servers, ServiceRef
 from meshctl.model import Endpoint, EndpointId, Workload
-from tests.harness.cluster_objects import endpoint_slice, member, node, pod, service
+from meshctl.ports import ObjectKey
+from tests.harness.cluster_objects import endpoint_slice, gpu, member, node, pod, service
 
 REF = ServiceRef("default", "triton", "http", 8002, 1)
 
@@ -19,7 +21,11 @@ def found(*objects: dict[str, Any], ref: ServiceRef = REF, default: bool = True)
     """What is behind the Service `triton`, which is there unless `default` is false."""
     known = {key_of(value): value for value in ((service(),) if default else ()) + objects}
     slices = [value for key, value in known.items() if key.kind == "EndpointSlice"]
-    return discover(ref, slices, known.get)
+    holders = GpuHolders()
+    for key, value in known.items():
+        if key.kind == "GPU":
+            holders.take(key, value)
+    return discover(ref, slices, known.get, holders.of)
 
 
 def one(*objects: dict[str, Any], ref: ServiceRef = REF) -> Endpoint:
@@ -82,6 +88,43 @@ def test_the_gpu_product(pod_says: dict[str, Any], node_says: dict[str, str], gp
     """The pod's own word, then GPU discovery's, then the cloud's; sharing is no product, a MIG slice is one."""
     objects = endpoint_slice("a", [member("t-0", "10.0.0.1", "n1")]), pod("t-0", **pod_says), node("n1", **node_says)
     assert one(*objects).gpu == gpu
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [
+        ([], ("L4", "GPU-9")),
+        ([gpu("GPU-1", "n1", "Tesla V100-SXM2-16GB", "default/t-0")], ("Tesla-V100-SXM2-16GB", "GPU-1")),
+        ([gpu("GPU-1", "n2", "NVIDIA H200", "default/t-0")], ("L4", "GPU-9")),
+        ([gpu("GPU-1", "n1", "NVIDIA H200", "other/t-0", "default/t-00")], ("L4", "GPU-9")),
+        ([gpu("GPU-1", "n1", "", "default/t-0")], ("L4", "GPU-1")),
+        (
+            [gpu("GPU-2", "n1", "NVIDIA H100", "default/t-0"), gpu("GPU-1", "n1", "NVIDIA H200", "default/t-0")],
+            ("NVIDIA-H200", "GPU-1"),
+        ),
+    ],
+    ids=["no agent", "held", "held on another node", "held by others", "unknown product", "held on two"],
+)
+def test_a_pod_that_holds_slots_is_on_that_gpu(gpus: list[dict[str, Any]], expected: tuple[str, str]) -> None:
+    """What the node's agent says counts for more than the pod's annotations and the node's labels."""
+    said = {"meshctl.io/gpu-product": "L4", "meshctl.io/gpu-uuid": "GPU-9"}
+    endpoint = one(
+        endpoint_slice("a", [member("t-0", "10.0.0.1", "n1")]), pod("t-0", annotations=said), node("n1", "A10"), *gpus
+    )
+    assert (endpoint.gpu, endpoint.gpu_uuid) == expected
+
+
+def test_a_gpu_tells_only_of_the_pods_of_which_it_says_something_new() -> None:
+    """A heartbeat tells of nobody, a new holder of one pod, a GPU that goes of all its holders."""
+    holders, key = GpuHolders(), ObjectKey("GPU", "", "gpu-1")
+    a, b = (ObjectKey("Pod", "default", name) for name in ("a", "b"))
+    assert holders.take(key, gpu("GPU-1", "n1", "T4", "default/a")) == {a}
+    assert holders.take(key, gpu("GPU-1", "n1", "T4", "default/a", heartbeat="2026-01-01T00:00:00Z")) == set()
+    assert holders.take(key, gpu("GPU-1", "n1", "T4", "default/a", "default/b")) == {b}
+    assert (holders.of(a, ""), holders.of(a, "n2")) == (HeldGpu("GPU-1", "T4", "n1"), None)
+    assert holders.take(key, None) == {a, b}
+    assert holders.of(a, "") is None
+    assert holders.take(key, None) == set()
 
 
 def test_an_unknown_gpu_is_a_class_of_its_own_and_a_remark() -> None:

@@ -1,8 +1,10 @@
-"""Service -> EndpointSlices -> Pods -> Nodes -> the endpoints of a route. Pure: objects in, `Servers` out.
+"""Service -> EndpointSlices -> Pods -> GPUs, Nodes -> the endpoints of a route. Pure: objects in, `Servers` out.
 
 Decides which pods are inference servers, at which address, on which GPU, and whether they get new requests.
 - EndpointSlices say who belongs to the Service and is ready; a Pod adds who it is and that it is being deleted, which
   it says first; a Node adds GPU and zone. What is not known (yet) of the latter two leaves the endpoint in, without it.
+- Which GPU: the GPU object whose slots the pod holds (the kubelet's word), then the pod's own annotations and labels,
+  then the node's labels.
 - One endpoint per pod, its IPv4 address where it has both; one per address and port, whatever slices repeat it while
   the controller moves endpoints between them. A ready one wins, then a known pod, then the first by name (the pod's,
   then the slice's).
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from meshctl.adapters.kubernetes.holders import HeldGpu
 from meshctl.api.gpulabels import GPU_PRODUCT, NVIDIA_PRODUCT, first_uuid, node_product, pod_product
 from meshctl.api.resolve import Servers, ServiceRef
 from meshctl.model import Endpoint, EndpointId, Workload
@@ -33,7 +36,9 @@ REGIONS = ("topology.kubernetes.io/region", "failure-domain.beta.kubernetes.io/r
 ZONES = ("topology.kubernetes.io/zone", "failure-domain.beta.kubernetes.io/zone")
 
 Find = Callable[[ObjectKey], KubeObject | None]
-"""The object as it is known now. Everything that a result depends on, but the slices, is asked of it."""
+"""The object as it is known now. Everything that a result depends on, but slices and GPUs, is asked of it."""
+GpuOf = Callable[[ObjectKey, str], HeldGpu | None]
+"""The GPU that a pod has slots of, on this node. A pod of which it says something else is a pod that changed."""
 
 
 def service_key(ref: ServiceRef) -> ObjectKey:
@@ -47,7 +52,12 @@ def service_of(endpoint_slice: KubeObject) -> ObjectKey | None:
     return None if name is None else ObjectKey("Service", str(metadata.get("namespace", "")), str(name))
 
 
-def discover(ref: ServiceRef, slices: Iterable[KubeObject], find: Find) -> Servers:
+def no_gpu(pod: ObjectKey, node: str) -> HeldGpu | None:
+    """Where no agent tells of GPUs."""
+    return None
+
+
+def discover(ref: ServiceRef, slices: Iterable[KubeObject], find: Find, gpu_of: GpuOf = no_gpu) -> Servers:
     """The servers behind a Service; `slices` are those of this Service, in any order."""
     service = find(service_key(ref))
     if service is None:
@@ -60,7 +70,7 @@ def discover(ref: ServiceRef, slices: Iterable[KubeObject], find: Find) -> Serve
     if isinstance(port, str):
         return Servers(remarks=(port,))
     slices = sorted(slices, key=lambda value: str(value["metadata"]["name"]))
-    found = [_server(ref, port, *pair, find) for pair in _reached(slices)]
+    found = [_server(ref, port, *pair, find, gpu_of) for pair in _reached(slices)]
     best = _best(server for server in found if server is not None)
     remarks = [_nobody(ref, spec, slices)] if not best else []
     remarks += _unknown_gpus(best)
@@ -125,7 +135,7 @@ def _reached(slices: Iterable[KubeObject]) -> Iterable[tuple[KubeObject, Mapping
 
 
 def _server(
-    ref: ServiceRef, port: _Port, endpoint_slice: KubeObject, said: Mapping[str, Any], find: Find
+    ref: ServiceRef, port: _Port, endpoint_slice: KubeObject, said: Mapping[str, Any], find: Find, gpu_of: GpuOf
 ) -> _Server | None:
     """None for what can't be reached: a slice of other ports, a host name, nothing at all."""
     number, address = _slice_port(endpoint_slice, port), _address((said.get("addresses") or [""])[0])
@@ -134,19 +144,21 @@ def _server(
     target = said.get("targetRef") or {}
     is_pod = target.get("kind") == "Pod" and bool(target.get("name"))
     namespace = str(target.get("namespace") or ref.namespace)
-    pod = _same(find(ObjectKey("Pod", namespace, str(target["name"]))), target) if is_pod else None
+    pod_key = ObjectKey("Pod", namespace, str(target["name"])) if is_pod else None
+    pod = _same(find(pod_key), target) if pod_key else None
     pod_spec = (pod or {}).get("spec") or {}
     node_name = str(said.get("nodeName") or pod_spec.get("nodeName") or "")
     node = _metadata(find(ObjectKey("Node", "", node_name)) if node_name else None, "labels")
     labels, annotations = _metadata(pod, "labels"), _metadata(pod, "annotations")
+    held = gpu_of(pod_key, node_name) if pod_key else None
     host = f"[{address}]" if ":" in address else address
     endpoint = Endpoint(
         id=EndpointId(f"{host}:{number}"),
         address=address,
         port=number,
-        gpu=pod_product(labels, annotations) or node_product(node),
+        gpu=(held.product if held else "") or pod_product(labels, annotations) or node_product(node),
         metrics=f"{host}:{ref.metrics_port}",
-        gpu_uuid=first_uuid(annotations),
+        gpu_uuid=held.uuid if held else first_uuid(annotations),
         concurrency=ref.concurrency,
         ready=_ready(said.get("conditions") or {}) and not _metadata(pod, "deletionTimestamp"),
         locality=_locality({**labels, **node}, str(said.get("zone") or "")),

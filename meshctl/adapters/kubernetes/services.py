@@ -14,10 +14,11 @@ from collections.abc import Iterable, Mapping
 from itertools import compress
 
 from meshctl.adapters.kubernetes.discovery import discover, service_of
+from meshctl.adapters.kubernetes.holders import GpuHolders
 from meshctl.api.resolve import Servers, ServiceRef
 from meshctl.ports import KubeObject, ObjectKey, Objects
 
-KINDS = ("Service", "EndpointSlice", "Pod", "Node")
+KINDS = ("Service", "EndpointSlice", "Pod", "Node", "GPU")
 """What servers are found in."""
 NO_OBJECTS: Mapping[ObjectKey, KubeObject] = {}
 
@@ -30,6 +31,7 @@ class Services:
         self._seen: dict[str, Mapping[ObjectKey, KubeObject]] = {}
         self._slices: dict[ObjectKey, dict[ObjectKey, KubeObject]] = {}
         """By Service."""
+        self._holders = GpuHolders()
         self._known: dict[ServiceRef, Servers] = {}
         self._asked: dict[ServiceRef, set[ObjectKey]] = {}
         self._askers: dict[ObjectKey, set[ServiceRef]] = {}
@@ -58,13 +60,16 @@ class Services:
     # ------------------------------------------------------------------------------------------------------ the parts
 
     def _changed(self, kind: str) -> set[ObjectKey]:
-        """Objects that are new, another or gone since the last look; of slices, their Services."""
+        """Objects that are new, another or gone since the last look; of slices, their Services; of GPUs, the pods
+        of which they say something else."""
         now, before = self._objects.every(kind), self._seen.get(kind, NO_OBJECTS)
         changed = set(compress(now, map(operator.is_not, now.values(), map(before.get, now))))
         if len(now) - sum(key not in before for key in changed) != len(before):
             changed.update(before.keys() - now.keys())
         if changed:
             self._seen[kind] = dict(now)
+        if kind == "GPU":
+            return {pod for key in changed for pod in self._holders.take(key, now.get(key))}
         if kind != "EndpointSlice":
             return changed
         return {service for key in changed for service in self._moved(key, before.get(key), now.get(key))}
@@ -87,7 +92,8 @@ class Services:
             return self._objects.find(key)
 
         service = ObjectKey("Service", ref.namespace, ref.name)
-        found, before = discover(ref, self._slices.get(service, {}).values(), find), self._known.get(ref)
+        found = discover(ref, self._slices.get(service, {}).values(), find, self._holders.of)
+        before = self._known.get(ref)
         self._forget(ref)
         self._asked[ref] = asked
         for key in asked:
