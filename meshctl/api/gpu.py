@@ -89,7 +89,7 @@ class GPUStatus(Strict):
     mps: GPUMps | None = None
     heartbeat: Annotated[str, Field(max_length=40)] | None = None
     """When the agent last looked; written at most once a minute if nothing else changed."""
-    conditions: Conditions | None = None
+    conditions: Annotated[Conditions, Field(strict=False)] | None = None
     """Healthy: new containers may be given it. Shared: as its policy says. WithinLimits: no container has more
     processes on it than its share allows for."""
 
