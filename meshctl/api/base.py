@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Final, Literal, NoReturn, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, ValidationError, model_validator
@@ -88,6 +88,11 @@ class ClusterMetadata(Metadata):
     namespace: Annotated[Literal[""], BeforeValidator(lambda _: "")] = ""
 
 
+def is_namespaced(kind: type[BaseModel]) -> bool:
+    """Whether objects of this kind are in a namespace."""
+    return kind.model_fields["metadata"].annotation is not ClusterMetadata
+
+
 class Condition(Strict):
     """One observation of the object's state, as in Kubernetes."""
 
@@ -124,7 +129,7 @@ def wrong(message: str, *at: str | int) -> NoReturn:
     raise PydanticCustomError("meshctl", "{reason}", {"reason": message, "at": at})
 
 
-def repeated(values: list[str]) -> int | None:
+def repeated(values: Sequence[object]) -> int | None:
     """Index of the first value that stands earlier in the list too."""
     return next((i for i, value in enumerate(values) if value in values[:i]), None)
 

@@ -16,7 +16,9 @@ from typing import Any
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
-from meshctl.api.base import API_VERSION
+from meshctl.api.base import API_VERSION, is_namespaced
+from meshctl.api.gpu import GPU, GPUSpec, GPUStatus
+from meshctl.api.gpusharingpolicy import GPUSharingPolicy, GPUSharingPolicySpec, GPUSharingPolicyStatus
 from meshctl.api.modelprofile import ModelProfile, ModelProfileSpec, ModelProfileStatus
 from meshctl.api.modelroute import ModelRoute, ModelRouteSpec, ModelRouteStatus
 from meshctl.api.reference import reference
@@ -58,6 +60,7 @@ class Resource:
     status: type[BaseModel]
     plural: str
     short: str
+    """"": none."""
     columns: tuple[Column, ...]
     """What `kubectl get` prints, in this order."""
 
@@ -96,6 +99,47 @@ RESOURCES = (
             _AGE,
         ),
     ),
+    Resource(
+        GPUSharingPolicy,
+        GPUSharingPolicySpec,
+        GPUSharingPolicyStatus,
+        "gpusharingpolicies",
+        "gsp",
+        (
+            Column("Mode", ".spec.mode"),
+            Column("Replicas", ".spec.replicas", "integer"),
+            Column("Resource", ".spec.resourceName"),
+            Column("GPUs", ".status.gpus", "integer"),
+            Column("Ready", ".status.ready", "integer"),
+            _condition("Accepted"),
+            _condition("Programmed"),
+            _AGE,
+            Column("Priority", ".spec.priority", "integer", wide=True),
+            Column("Isolation", ".spec.isolation", wide=True),
+            _condition("Conflict", wide=True),
+        ),
+    ),
+    Resource(
+        GPU,
+        GPUSpec,
+        GPUStatus,
+        "gpus",
+        "",
+        (
+            Column("Node", ".spec.node"),
+            Column("Product", ".status.product"),
+            Column("Memory", ".status.memory"),
+            Column("Mode", ".status.mode"),
+            Column("Slots", ".status.summary"),
+            _condition("Healthy"),
+            Column("Tenant", ".status.tenant"),
+            _AGE,
+            Column("UUID", ".spec.uuid", wide=True),
+            Column("CC", ".status.computeCapability", wide=True),
+            Column("MPS", ".status.mps.state", wide=True),
+            Column("Policy", ".status.policy.name", wide=True),
+        ),
+    ),
 )
 
 
@@ -113,10 +157,10 @@ def definition(resource: Resource) -> dict[str, Any]:
                 "listKind": f"{kind}List",
                 "plural": resource.plural,
                 "singular": kind.lower(),
-                "shortNames": [resource.short],
+                **({"shortNames": [resource.short]} if resource.short else {}),
                 "categories": ["meshctl"],
             },
-            "scope": "Namespaced",
+            "scope": "Namespaced" if is_namespaced(resource.model) else "Cluster",
             "versions": [
                 {
                     "name": VERSION,

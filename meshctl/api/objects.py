@@ -13,14 +13,22 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
 
-from meshctl.api.base import API_VERSION, DNS_LABEL, DNS_SUBDOMAIN, validated
+from meshctl.api.base import API_VERSION, DNS_LABEL, DNS_SUBDOMAIN, is_namespaced, validated
 from meshctl.api.document import Document, Fault, ManifestError, Place, parse, short
+from meshctl.api.gpusharingpolicy import GPUSharingPolicy
 from meshctl.api.modelprofile import ModelProfile
 from meshctl.api.modelroute import ModelRoute
 from meshctl.ports import KubeObject
 
-Object = ModelRoute | ModelProfile
-KINDS: Mapping[str, type[Object]] = MappingProxyType({"ModelRoute": ModelRoute, "ModelProfile": ModelProfile})
+Object = ModelRoute | ModelProfile | GPUSharingPolicy
+KINDS: Mapping[str, type[Object]] = MappingProxyType(
+    {"ModelRoute": ModelRoute, "ModelProfile": ModelProfile, "GPUSharingPolicy": GPUSharingPolicy}
+)
+"""What people write."""
+ROUTING = ("ModelProfile", "ModelRoute")
+"""Of these, what routes are made of."""
+WRITTEN_BY: Mapping[str, str] = MappingProxyType({"GPU": "the agent of its node"})
+"""Kinds of this API that no manifest has, and who writes them."""
 
 
 class Key(NamedTuple):
@@ -28,10 +36,11 @@ class Key(NamedTuple):
 
     kind: str
     namespace: str
+    """"" of what is in none."""
     name: str
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.namespace}/{self.name}"
+        return f"{self.kind} {self.namespace}/{self.name}" if self.namespace else f"{self.kind} {self.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +123,18 @@ def _identity(document: Document) -> Key:
         raise _unreadable(
             document, ("apiVersion",), f"must be {API_VERSION}, not {short(version)}; keep others elsewhere"
         )
+    if isinstance(kind, str) and kind in WRITTEN_BY:
+        raise _unreadable(
+            document, ("kind",), f"a {kind} is written by {WRITTEN_BY[kind]}, from no manifest; remove it"
+        )
     if not isinstance(kind, str) or kind not in KINDS:
         raise _unreadable(document, ("kind",), f"must be one of {', '.join(sorted(KINDS))}, not {short(kind)}")
     metadata = data.get("metadata")
     if not isinstance(metadata, dict):
         raise _unreadable(document, ("metadata",), f"must be a mapping with a name, not {short(metadata)}")
     name = _name(document, "name", metadata.get("name"), DNS_SUBDOMAIN)
+    if not is_namespaced(KINDS[kind]):
+        return Key(kind, "", name)
     return Key(kind, _name(document, "namespace", metadata.get("namespace", "default"), DNS_LABEL), name)
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pydantic import BaseModel
 
 from meshctl.api.base import API_VERSION
+from meshctl.api.gpu import GPUSpec, GPUStatus
+from meshctl.api.gpusharingpolicy import GPUSharingPolicySpec, GPUSharingPolicyStatus
 from meshctl.api.modelprofile import ModelProfileSpec, ModelProfileStatus
 from meshctl.api.modelroute import ModelRouteSpec, ModelRouteStatus
 from meshctl.api.schema import Schema, openapi
@@ -23,7 +25,8 @@ Objects of `{API_VERSION}`. The same manifests work in a directory (`meshctl run
 - A *duration* is a number with a unit (`ns`, `us`, `ms`, `s`, `m`, `h`), or several of them: `150ms`, `1m30s`; at most
   a day.
 - Shares and ratios are 0..1. Only `percentile` is a percentage, 0..100.
-- A route uses the ModelProfiles of its own namespace (`default` where a file names none).
+- A route uses the ModelProfiles of its own namespace (`default` where a file names none). GPUSharingPolicies and GPUs
+  are in no namespace; a GPU is written by the agent of its node, never by people.
 - A field that is null is one that is not there.
 - Of two routes that want the same host, and of two profiles for the same model and GPU, the oldest is used, and of
   files, which have no age, the first by name.
@@ -36,6 +39,8 @@ def reference() -> str:
         _INTRODUCTION,
         _section("ModelRoute", {"spec": ModelRouteSpec, "status": ModelRouteStatus}),
         _section("ModelProfile", {"spec": ModelProfileSpec, "status": ModelProfileStatus}),
+        _section("GPUSharingPolicy", {"spec": GPUSharingPolicySpec, "status": GPUSharingPolicyStatus}),
+        _section("GPU", {"spec": GPUSpec, "status": GPUStatus}),
         _section("The file of `meshctl solve`", {"": SolveInput}),
     ]
     return "\n".join(parts)

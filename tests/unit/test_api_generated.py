@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from meshctl.adapters.kubernetes.kinds import KINDS as ADAPTER
 from meshctl.api.crd import RESOURCES, ROOT, Resource, definition, generated, main
 from meshctl.api.document import parse
-from meshctl.api.objects import KINDS
+from meshctl.api.objects import KINDS, WRITTEN_BY
 
 # Keywords of apiextensions.k8s.io/v1 JSONSchemaProps that a structural schema may have and that are used here.
 ALLOWED = {
@@ -43,8 +44,29 @@ def test_check_passes_on_a_current_tree() -> None:
 
 
 def test_every_kind_has_a_definition() -> None:
-    """A kind that can be read can also be installed."""
-    assert {resource.model for resource in RESOURCES} == set(KINDS.values())
+    """A kind that can be read can also be installed, and so can what only programs write."""
+    models = {resource.model.__name__: resource.model for resource in RESOURCES}
+    assert {kind: model for kind, model in models.items() if kind not in WRITTEN_BY} == dict(KINDS)
+    assert models.keys() == {*KINDS, *WRITTEN_BY}
+
+
+@pytest.mark.parametrize("resource", RESOURCES, ids=lambda r: r.plural)
+def test_adapter_knows_each_kind_as_its_definition_says(resource: Resource) -> None:
+    """Group, version, plural and scope are the same in crds/ and where objects are watched."""
+    spec = definition(resource)["spec"]
+    kind = ADAPTER[spec["names"]["kind"]]
+    assert (kind.group, kind.version, kind.plural) == (
+        spec["group"],
+        spec["versions"][0]["name"],
+        spec["names"]["plural"],
+    )
+    assert kind.namespaced == (spec["scope"] == "Namespaced")
+
+
+def test_every_definition_is_deployed() -> None:
+    """crds/Kustomization names all of them."""
+    (kustomization,) = parse((ROOT / "crds" / "Kustomization").read_bytes(), "Kustomization")
+    assert set(kustomization.data["resources"]) == {f"meshctl.io_{resource.plural}.yaml" for resource in RESOURCES}
 
 
 @pytest.mark.parametrize("resource", RESOURCES, ids=lambda r: r.plural)
@@ -67,7 +89,7 @@ def test_definition_is_complete(resource: Resource) -> None:
     found = definition(resource)
     names, (version,) = found["spec"]["names"], found["spec"]["versions"]
     assert found["metadata"]["name"] == f"{names['plural']}.meshctl.io"
-    assert (names["shortNames"], names["categories"]) == ([resource.short], ["meshctl"])
+    assert (names.get("shortNames", [""]), names["categories"]) == ([resource.short], ["meshctl"])
     assert version["subresources"] == {"status": {}}
     narrow = [column["name"] for column in version["additionalPrinterColumns"] if "priority" not in column]
     assert narrow[-1] == "Age"

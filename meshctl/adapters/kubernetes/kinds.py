@@ -181,6 +181,8 @@ KINDS: Mapping[str, Kind] = {
     for kind in (
         Kind("ModelRoute", _OURS, "v1alpha1", "modelroutes"),
         Kind("ModelProfile", _OURS, "v1alpha1", "modelprofiles"),
+        Kind("GPUSharingPolicy", _OURS, "v1alpha1", "gpusharingpolicies", namespaced=False),
+        Kind("GPU", _OURS, "v1alpha1", "gpus", namespaced=False),
         Kind("GPUSharingPolicy", _OURS, "v1alpha1", "gpusharingpolicies", namespaced=False, absent_ok=True),
         Kind("GPU", _OURS, "v1alpha1", "gpus", namespaced=False, absent_ok=True),
         Kind("Service", "", "v1", "services", keep=_service),
@@ -195,6 +197,7 @@ KINDS: Mapping[str, Kind] = {
         Kind("Event", "events.k8s.io", "v1", "events"),
         Kind("ConfigMap", "", "v1", "configmaps"),
         Kind("Namespace", "", "v1", "namespaces", namespaced=False),
+        Kind("ConfigMap", "", "v1", "configmaps"),
         Kind("CustomResourceDefinition", "apiextensions.k8s.io", "v1", "customresourcedefinitions", namespaced=False),
     )
 }

@@ -22,7 +22,7 @@ from typing import Any
 from meshctl.adapters.kubernetes.kinds import MANDATORY, OPTIONAL, OWN_ANNOTATIONS
 from meshctl.adapters.kubernetes.services import Services
 from meshctl.api.document import Fault
-from meshctl.api.objects import KINDS, Declared, Key, read_object
+from meshctl.api.objects import ROUTING, Declared, Key, read_object
 from meshctl.api.resolve import Resolver
 from meshctl.errors import MeshctlError
 from meshctl.model import DesiredRoute, Problem, RouteId
@@ -123,7 +123,7 @@ class KubernetesSource:
 
     def _take_objects(self) -> bool:
         """Read the ModelRoutes and ModelProfiles that are another object now; True when there was something to it."""
-        now = {key: value for kind in sorted(KINDS) for key, value in self._objects.every(kind).items()}
+        now = {key: value for kind in ROUTING for key, value in self._objects.every(kind).items()}
         if now == self._seen:
             return False
         before, seen, self._seen, self._read = self._read, self._seen, now, {}
