@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 from ruamel.yaml import YAML
+from ruamel.yaml.representer import SafeRepresenter
 
 from meshctl.api.base import API_VERSION, is_namespaced
 from meshctl.api.gpu import GPU, GPUSpec, GPUStatus
@@ -200,8 +201,20 @@ def generated() -> Mapping[Path, str]:
     return MappingProxyType({**definitions, Path("docs", "reference", "api.md"): reference()})
 
 
+class _Quoting(SafeRepresenter):
+    """Quotes the words that YAML 1.1, and so kubectl, takes for booleans: the enum value Off would be false."""
+
+    def text(self, data: str) -> Any:
+        style = "'" if data.lower() in {"y", "n", "yes", "no", "on", "off"} else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Quoting.add_representer(str, _Quoting.text)
+
+
 def _yaml(data: dict[str, Any]) -> str:
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Quoting
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment] # ruamel declares None, documents bool
     yaml.width = 120
