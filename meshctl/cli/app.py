@@ -25,6 +25,7 @@ COMMANDS: dict[str, str] = {
     "solve": "meshctl.cli.solve:solve",
     "validate": "meshctl.cli.validate:validate",
     "analyze": "meshctl.cli.analyze:analyze_command",
+    "gpu": "meshctl.cli.gpu:app",
     "envoy": "meshctl.cli.envoy:app",
     "sim": "meshctl.cli.sim:app",
     "version": "meshctl.cli.version:version",

@@ -1,11 +1,12 @@
-"""How the reading commands ask a running controller: one GET, typed, with a deadline.
+"""How the reading commands ask a running controller, or an agent: one GET, typed, with a deadline.
 
-Failures of the network, of HTTP and of what is not a controller's answer are mapped here, and nowhere else.
+Failures of the network, of HTTP and of what is no answer of theirs are mapped here, and nowhere else.
 """
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
 import aiohttp
@@ -26,25 +27,40 @@ AdminOption = Annotated[
 DEFAULT_ADMIN = "http://127.0.0.1:18001"
 
 
-def fetch(admin: str, path: str, type_: type[T]) -> T:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Who is asked, for messages."""
+
+    name: str
+    command: str
+    option: str
+    """Where its address comes from."""
+    example: str
+
+
+CONTROLLER = Asked("controller", "meshctl run", "--admin (or MESHCTL_ADMIN)", DEFAULT_ADMIN)
+AGENT = Asked("agent", "meshctl agent", "--agent", "127.0.0.1:18002")
+
+
+def fetch(admin: str, path: str, type_: type[T], asked: Asked = CONTROLLER) -> T:
     """What GET `admin`/api/v1/`path` answers. Raises InputError (the asker's fault) or MeshctlError."""
     url = f"{admin.rstrip('/')}/api/v1/{path}"
     try:
         status, body = asyncio.run(_get(url))
     except aiohttp.InvalidURL as error:
-        raise InputError(f"{admin!r} is not a URL (--admin); write for example {DEFAULT_ADMIN}") from error
+        raise InputError(f"{admin!r} is no address ({asked.option}); write for example {asked.example}") from error
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
         detail = str(error) or f"no answer within {TIMEOUT_S:g} s"
-        hint = "is `meshctl run` up, and --admin (or MESHCTL_ADMIN) its address?"
-        raise MeshctlError(f"cannot reach the controller at {admin}: {detail}; {hint}") from error
+        hint = f"is `{asked.command}` up, and {asked.option} its address?"
+        raise MeshctlError(f"cannot reach the {asked.name} at {admin}: {detail}; {hint}") from error
     try:
         if status == 404:
             raise _not_found(path, orjson.loads(body))
         if status != 200:
-            raise MeshctlError(f"the controller answered {url} with HTTP {status}: {body[:200]!r}")
+            raise MeshctlError(f"the {asked.name} answered {url} with HTTP {status}: {body[:200]!r}")
         return TypeAdapter(type_).validate_json(body)
     except (ValidationError, orjson.JSONDecodeError, KeyError, TypeError) as error:
-        message = f"{url} did not answer as a meshctl controller of this version; is --admin right?"
+        message = f"{url} did not answer as a meshctl {asked.name} of this version; is {asked.option} right?"
         raise MeshctlError(message) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated, Any
@@ -12,6 +13,8 @@ import orjson
 import typer
 from rich.console import Console, RenderableType
 from ruamel.yaml import YAML
+
+from meshctl.errors import InputError, MeshctlError
 
 
 class Output(StrEnum):
@@ -45,3 +48,22 @@ def emit(data: Any, output: Output, table: Callable[[], RenderableType]) -> None
             yaml.dump(data, sys.stdout)
         case Output.TABLE:
             console().print(table())
+
+
+def live(draw: Callable[[], RenderableType], refresh_s: float) -> None:
+    """What `draw` gives, again and again until Ctrl-C.
+
+    Who can't be asked is waited for, and the absence shown; what is the caller's fault, or fails at first, is raised.
+    """
+    from rich.live import Live
+    from rich.markup import escape
+
+    with Live(draw(), console=console(), auto_refresh=False, vertical_overflow="visible") as screen:
+        while True:
+            time.sleep(refresh_s)
+            try:
+                screen.update(draw(), refresh=True)
+            except InputError:
+                raise
+            except MeshctlError as error:
+                screen.update(f"[red]{escape(str(error))}[/]", refresh=True)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from meshctl.cli.client import DEFAULT_ADMIN, AdminOption, fetch
-from meshctl.cli.output import Output, OutputOption, console, emit
+from meshctl.cli.output import Output, OutputOption, emit, live
 from meshctl.cli.routes import routes_table
 
 if TYPE_CHECKING:
@@ -32,29 +31,10 @@ def status(admin: AdminOption = DEFAULT_ADMIN, output: OutputOption = Output.TAB
     from meshctl.controller.views import StatusView
 
     if watch:
-        _watch(admin)
+        live(lambda: _render(fetch(admin, "status", StatusView)), REFRESH_S)
         return
     view = fetch(admin, "status", StatusView)
     emit(TypeAdapter(StatusView).dump_python(view, mode="json"), output, lambda: _render(view))
-
-
-def _watch(admin: str) -> None:
-    """Live until Ctrl-C; a controller that restarts is waited for, and its absence shown."""
-    from rich.live import Live
-    from rich.markup import escape
-
-    from meshctl.controller.views import StatusView
-    from meshctl.errors import InputError, MeshctlError
-
-    with Live(_render(fetch(admin, "status", StatusView)), console=console(), auto_refresh=False) as live:
-        while True:
-            time.sleep(REFRESH_S)
-            try:
-                live.update(_render(fetch(admin, "status", StatusView)), refresh=True)
-            except InputError:
-                raise
-            except MeshctlError as error:
-                live.update(f"[red]{escape(str(error))}[/]", refresh=True)
 
 
 def _render(view: StatusView) -> Group:

@@ -192,7 +192,7 @@ async def test_no_controller_is_a_clear_error() -> None:
         pytest.param(["run", "--lease", "x"], "--lease must be NAMESPACE/NAME, not 'x'", id="lease"),
         pytest.param(["run", "--state", "x"], "--state belongs to --manifests", id="state"),
         pytest.param(["nope"], "nope", id="unknown command"),
-        pytest.param(["status", "--admin", "not a url"], "is not a URL", id="bad URL"),
+        pytest.param(["status", "--admin", "not a url"], "is no address", id="bad URL"),
     ],
 )
 async def test_wrong_use_exits_2_and_says_why(arguments: list[str], said: str) -> None:

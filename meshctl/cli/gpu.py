@@ -1,0 +1,117 @@
+"""`meshctl gpu map`: who holds which slots of which GPU, from the API server or from one node's agent."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from meshctl.cli.output import Output, OutputOption, console, emit, live
+from meshctl.errors import InputError, MeshctlError
+
+if TYPE_CHECKING:
+    from meshctl.api.gpu import GPU
+
+Kubeconfig = Annotated[Path | None, typer.Option(help="Default: $KUBECONFIG, ~/.kube/config, or the pod's own.")]
+Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig; its current one by default.")]
+Node = Annotated[list[str] | None, typer.Option(metavar="NAME", help="Only GPUs of this node; repeatable.")]
+Agent = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="Ask this agent (`meshctl agent --admin`) instead of the API server."),
+]
+WatchOption = Annotated[bool, typer.Option("-w", "--watch", help="Keep showing it, until Ctrl-C.")]
+REFRESH_S = 2.0
+NOTHING = "no GPU objects: no agent has written one. Is `meshctl agent` running on the nodes with GPUs?"
+
+app = typer.Typer(help="GPUs that pods share.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps `map` a command of its own: typer folds a group of one."""
+
+
+@app.command("map")
+def map_command(
+    kubeconfig: Kubeconfig = None,
+    context: Context = None,
+    node: Node = None,
+    agent: Agent = None,
+    output: OutputOption = Output.TABLE,
+    watch: WatchOption = False,
+) -> None:
+    """Draw the GPUs: a cell per slot, a letter per container, and how many slots are free where."""
+    from meshctl.cli.gpu_map import GpuMap
+
+    if agent and (kubeconfig or context):
+        raise InputError("--agent asks one agent, --kubeconfig and --context an API server: give one of them")
+    nodes = frozenset(node or ())
+
+    def found() -> list[GPU]:
+        return _of_nodes(_from_agent(agent) if agent else asyncio.run(_from_cluster(kubeconfig, context)), nodes)
+
+    def drawn(gpus: list[GPU]) -> GpuMap | str:
+        return GpuMap(gpus, datetime.now(UTC)) if gpus else NOTHING
+
+    if watch:
+        live(lambda: drawn(found()), REFRESH_S)
+        return
+    gpus = found()
+    data = [gpu.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True) for gpu in gpus]
+    emit(data, output, lambda: drawn(gpus))
+
+
+def _of_nodes(gpus: Iterable[GPU], nodes: frozenset[str]) -> list[GPU]:
+    """In order of node and UUID. Raises InputError for a node that has none, where others do."""
+    found = sorted(gpus, key=lambda gpu: (gpu.spec.node, gpu.spec.uuid))
+    known = sorted({gpu.spec.node for gpu in found})
+    if unknown := sorted(nodes - {*known}):
+        there = f"nodes that have some: {', '.join(known[:20])}" if known else NOTHING
+        raise InputError(f"no GPU objects of node {', '.join(unknown)}; {there}")
+    return [gpu for gpu in found if not nodes or gpu.spec.node in nodes]
+
+
+def _from_agent(agent: str) -> list[GPU]:
+    from meshctl.api.gpu import GPU
+    from meshctl.cli.client import AGENT, fetch
+
+    return fetch(agent if "://" in agent else f"http://{agent}", "gpus", list[GPU], AGENT)
+
+
+async def _from_cluster(kubeconfig: Path | None, context: str | None) -> list[GPU]:
+    from meshctl.adapters.kubernetes.client import connect
+    from meshctl.adapters.kubernetes.faults import AbsentError
+
+    async with connect(kubeconfig, context) as client:
+        try:
+            return _read((await client.list("GPU")).items)
+        except AbsentError as error:
+            raise MeshctlError(
+                f"{client.server} has no GPU objects at all; install meshctl's CRDs there (crds/)"
+            ) from error
+
+
+def _read(items: Iterable[dict[str, Any]]) -> list[GPU]:
+    """Those that this version understands; of the others standard error has a line each."""
+    import orjson
+    from pydantic import ValidationError
+    from rich.markup import escape
+
+    from meshctl.api.base import API_VERSION
+    from meshctl.api.gpu import GPU
+
+    gpus = []
+    for item in items:
+        try:
+            gpus.append(GPU.model_validate_json(orjson.dumps({"apiVersion": API_VERSION, "kind": "GPU"} | item)))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            where = ".".join(str(part) for part in first["loc"])
+            name = item["metadata"]["name"]
+            words = f"GPU {name} is not drawn: {where}: {first['msg']}; is its agent of another version?"
+            console(stderr=True).print(f"[yellow]{escape(words)}[/]")
+    return gpus
