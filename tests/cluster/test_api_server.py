@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import re
-import ssl
-from collections.abc import AsyncIterator, Iterable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import orjson
 import pytest
 
-from meshctl.adapters.manifests import read_all
-from meshctl.api.crd import RESOURCES, definition
-from meshctl.api.document import Severity
-from meshctl.api.objects import Declared, read_manifest, read_object
+from meshctl.api.crd import RESOURCES
+from meshctl.api.objects import read_object
 from tests.cluster.cluster import OUR_CRDS, Cluster
+from tests.cluster.verdicts import asking, both_read, edges, judged_otherwise, spec_fields, verdicts
 from tests.harness.manifests import ABSENT, changed, profile, route, text
-from tests.harness.tools import DEADLINE_S
 from tests.unit.test_api_modelroute import BAD as BAD_FIELDS
 from tests.unit.test_api_modelroute import FULL, SERVICE
 
 pytestmark = pytest.mark.cluster
-PLURALS = {"ModelRoute": "modelroutes", "ModelProfile": "modelprofiles"}
 E = "spec.backend.endpoints.0"
 MESHED: dict[str, Any] = {"gateways": ["gw"], "hosts": ["a.example.com"]}
 
@@ -230,7 +221,7 @@ def bad() -> Iterator[str]:
 
 
 ALL_FIELDS = {
-    "modelroutes": changed(
+    "ModelRoute": changed(
         route(
             backend={"service": SERVICE},
             requestSize={"headers": ["a"], "classes": [{"name": "a", "min": 1, "max": 2, "batch": 1.5, "share": 1}]},
@@ -241,42 +232,16 @@ ALL_FIELDS = {
         "spec.guard",
         {},
     ),
-    "modelprofiles": profile(service={"points": {"1": "1ms"}}),
+    "ModelProfile": profile(service={"points": {"1": "1ms"}}),
 }
 STATIC = route()
-WRONG_TYPES: tuple[Any, ...] = ("", 5, 1.5, True, None, [], {})
-
-
-def fields(schema: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(path, schema) of every field, the first item of a list standing for all."""
-    yield path, schema
-    for name, child in schema.get("properties", {}).items():
-        yield from fields(child, f"{path}.{name}")
-    if "items" in schema:
-        yield from fields(schema["items"], f"{path}.0")
-
-
-def edges(schema: dict[str, Any]) -> Iterator[Any]:
-    """Values on, just inside and just outside each bound of a field, and of every type."""
-    yield from WRONG_TYPES
-    for bound in ("minimum", "maximum"):
-        if bound in schema:
-            step = 1 if schema.get("type") == "integer" else 0.001
-            yield from (schema[bound] - step, schema[bound], schema[bound] + step)
-    if "maxLength" in schema:
-        yield from ("a" * schema["maxLength"], "a" * (schema["maxLength"] + 1))
-    if "maxItems" in schema and schema["items"]["type"] == "string":
-        yield from ([f"a{i}" for i in range(schema["maxItems"] + more)] for more in (0, 1))
 
 
 def at_edges() -> Iterator[str]:
     """Each field of each kind at its edges, whatever the verdict."""
-    for resource in RESOURCES:
-        (version,) = definition(resource)["spec"]["versions"]
-        whole = version["schema"]["openAPIV3Schema"]["properties"]["spec"]
-        for path, schema in fields(whole, "spec"):
-            static = path.startswith("spec.backend.endpoints")
-            base = STATIC if static else ALL_FIELDS[resource.plural]
+    for kind, every in ALL_FIELDS.items():
+        for path, schema in spec_fields(kind):
+            base = STATIC if path.startswith("spec.backend.endpoints") else every
             yield from (text(changed(base, path, value)) for value in edges(schema))
 
 
@@ -300,64 +265,10 @@ EXCEPTIONS: list[tuple[str, str, bool, bool]] = [
 ]
 
 
-class Server:
-    """Asks the API server what it would do with a text: nothing is stored."""
-
-    def __init__(self, session: aiohttp.ClientSession, url: str, namespace: str) -> None:
-        self._session, self._url, self._namespace = session, url, namespace
-        self._turns = asyncio.Semaphore(8)
-
-    async def answer(self, document: str) -> tuple[int, Any]:
-        """HTTP status and body for one document, sent as the text it is."""
-        kind = re.search(r'^ *"?kind"?: *"?(\w+)', document, re.MULTILINE)
-        assert kind is not None
-        url = f"{self._url}/apis/meshctl.io/v1alpha1/namespaces/{self._namespace}/{PLURALS[kind[1]]}"
-        query = {"dryRun": "All", "fieldValidation": "Strict"}
-        headers = {"Content-Type": "application/yaml", "Accept": "application/json"}
-        async with self._session.post(url, params=query, data=document.encode(), headers=headers) as response:
-            return response.status, orjson.loads(await response.read())
-
-    async def answers(self, documents: str) -> list[tuple[int, Any]]:
-        """Of each document in a text; a few texts at a time."""
-        async with self._turns:
-            return [await self.answer(part) for part in documents.split("---\n")]
-
-
-@asynccontextmanager
-async def asking(cluster: Cluster) -> AsyncIterator[Server]:
-    config = orjson.loads(cluster.kubeconfig.read_bytes())
-    (one,), (user,) = config["clusters"], config["users"]
-    authority = base64.b64decode(one["cluster"]["certificate-authority-data"]).decode()
-    connector = aiohttp.TCPConnector(ssl=ssl.create_default_context(cadata=authority))
-    headers = {"Authorization": f"Bearer {user['user']['token']}"}
-    limit = aiohttp.ClientTimeout(total=DEADLINE_S)
-    async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=limit) as session:
-        yield Server(session, one["cluster"]["server"], await cluster.namespace("api"))
-
-
-async def verdicts(server: Server, directory: Path, documents: Iterable[str]) -> list[tuple[bool, bool, str]]:
-    """For each text: does the API server take all of it, does `meshctl validate`, and what do they say."""
-    found = []
-    wanted = list(documents)
-    asked = await asyncio.gather(*(server.answers(document) for document in wanted))
-    for index, (document, answers) in enumerate(zip(wanted, asked, strict=True)):
-        path = directory / f"{index}.yaml"
-        path.write_text(document)
-        _, faults = read_all([path])
-        errors = [str(fault) for fault in faults if fault.severity is Severity.ERROR]
-        said = [body.get("message", "") for _, body in answers]
-        assert all(status in {201, 400, 422} for status, _ in answers), said
-        found.append((all(status == 201 for status, _ in answers), not errors, f"{document}\n{said}\n{errors}"))
-    return found
-
-
 async def test_good_and_bad_documents_are_judged_the_same(cluster: Cluster, tmp_path: Path) -> None:
     """The API server and `meshctl validate` take and refuse the same texts; only EXCEPTIONS may be judged otherwise."""
     async with asking(cluster) as server:
-        odd = [said for api, ours, said in await verdicts(server, tmp_path, good()) if not (api and ours)]
-        odd += [said for api, ours, said in await verdicts(server, tmp_path, bad()) if api or ours]
-        odd += [said for api, ours, said in await verdicts(server, tmp_path, at_edges()) if api != ours]
-        assert odd == []
+        assert await judged_otherwise(server, tmp_path, good=good(), bad=bad(), any_=at_edges()) == []
         apart = await verdicts(server, tmp_path, [document for _, document, *_ in EXCEPTIONS])
     assert [(api, ours) for api, ours, _ in apart] == [(api, ours) for _, _, api, ours in EXCEPTIONS]
 
@@ -381,21 +292,12 @@ async def test_defaults_are_the_models_own(cluster: Cluster) -> None:
             assert stored["spec"] == models["spec"]
 
 
-async def both_read(server: Server, document: str) -> tuple[Declared, Declared]:
-    """As the API server would store it, and as it stands in a file."""
-    status, stored = await server.answer(document)
-    assert status == 201, stored
-    (live,) = read_object(stored, "cluster").objects.values()
-    (written,) = read_manifest(document.encode(), "f.yaml").objects.values()
-    return live, written
-
-
 async def test_definitions_apply_as_they_are(cluster: Cluster) -> None:
     """kubectl takes crds/ without a warning, and the API server finds the schemas structural and the names free."""
     said = await cluster.kubectl("apply", "--dry-run=server", "--server-side", f"--filename={OUR_CRDS}")
-    assert len(said.splitlines()) == len(PLURALS)
-    for plural in PLURALS.values():
-        found = await cluster.get("crd", f"{plural}.meshctl.io")
+    assert len(said.splitlines()) == len(RESOURCES)
+    for resource in RESOURCES:
+        found = await cluster.get("crd", f"{resource.plural}.meshctl.io")
         conditions = {condition["type"]: condition["status"] for condition in found["status"]["conditions"]}
         assert conditions == {"NamesAccepted": "True", "Established": "True"}
 
