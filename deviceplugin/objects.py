@@ -176,7 +176,8 @@ def _shared(seen: Seen, ledger: Ledger) -> dict[str, Any]:
     now, then = seen.sharing, seen.wanted
     if then.refusal is not None:
         stays = f"until then {_as_said(now)}" if now is not None else "until then it has no slots"
-        return _condition(SHARED, "False", str(then.refusal), f"policy {then.policy}: {then.message}; {stays}")
+        whose = f"policy {then.policy}: " if then.policy else ""
+        return _condition(SHARED, "False", str(then.refusal), f"{whose}{then.message}; {stays}")
     if then.sharing is None or now is None or now != then.sharing:
         return _condition(SHARED, "False", *_waits(now, then, seen.withdrawn, ledger.holders(seen.gpu.uuid)))
     if now.mode is Mode.MPS and seen.mps.phase is not MpsPhase.RUNNING:
@@ -250,7 +251,8 @@ def notices(old: StatusObject, new: StatusObject) -> tuple[Notice, ...]:
 
 
 _Condition = Mapping[str, Any]
-_TOLD_ELSEWHERE = frozenset({"Starting", "MpsStarting", "MpsFailed", "MpsOff", str(Refusal.NODE_UNKNOWN)})
+_UNKNOWN = frozenset({str(Refusal.NODE_UNKNOWN), str(Refusal.POLICIES_UNKNOWN)})
+_TOLD_ELSEWHERE = frozenset({"Starting", "MpsStarting", "MpsFailed", "MpsOff", *_UNKNOWN})
 """Reasons of `SHARED` that pass in a moment, or that `HEALTHY` tells."""
 
 

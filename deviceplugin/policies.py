@@ -23,6 +23,8 @@ class Refusal(StrEnum):
 
     MIG_ENABLED = "MigEnabled"
     TOO_MANY_REPLICAS = "TooManyReplicas"
+    POLICIES_UNKNOWN = "PoliciesUnknown"
+    """The API server has not listed them (yet)."""
     NODE_UNKNOWN = "NodeUnknown"
     """The node's labels are not known (yet), and the winner may depend on them."""
 
@@ -71,9 +73,11 @@ def policy_of(value: GPUSharingPolicy) -> Policy:
 
 
 def wanted(
-    gpu: Gpu, node: str, labels: Mapping[str, str] | None, policies: Iterable[Policy], driver: str = ""
+    gpu: Gpu, node: str, labels: Mapping[str, str] | None, policies: Iterable[Policy] | None, driver: str = ""
 ) -> Wanted:
-    """What `policies` come to for `gpu` of `node`, which has `labels` (None: they are not known)."""
+    """What `policies` come to for `gpu` of `node`, which has `labels`; None: these are not known."""
+    if policies is None:
+        return Wanted(refusal=Refusal.POLICIES_UNKNOWN, message="the GPUSharingPolicies are not known yet")
     for_it = sorted((policy for policy in policies if _for_product(policy.spec, gpu)), key=lambda policy: policy.rank)
     if labels is None and for_it and for_it[0].spec.node_selector:
         message = f"the labels of node {node} are not known yet; policy {for_it[0].name} goes by them"
