@@ -208,3 +208,11 @@ class Ticket:
     """Slots that the container's limits ask for."""
     order: tuple[str, str, str] = ("", "", "")
     """Kubelets admit pods in this order: (creation time, namespace, name)."""
+    init: bool = False
+    """An init container that ends before the next one starts. pod-resources never shows it, but its slots are its pod's
+    until the pod ends: the kubelet gives them to the pod's next containers, and what they leave to nobody."""
+    admitted: bool = False
+    """The kubelet has acknowledged the pod: what its containers were to get, they have."""
+    peak: int = 0
+    """Slots that the GPU of an init container's slots must have for the pod's later containers to follow it there; 0: as
+    many as it asks for itself."""
