@@ -91,9 +91,12 @@ class GpuLostError(GpuError):
     """The GPU fell off the bus, or is gone."""
 
 
+class GpuTimeoutError(GpuError):
+    """NVML did not answer in time; a driver may hang for ever."""
+
+
 class Inventory(Protocol):
-    """The physical GPUs of this node. No call blocks the event loop; each ends within its deadline, with
-    `GpuError` (a `TimeoutError` of NVML's is one too: a driver may hang for ever)."""
+    """The physical GPUs of this node. No call blocks the event loop; each ends within its deadline, with `GpuError`."""
 
     @property
     def driver(self) -> str:
