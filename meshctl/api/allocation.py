@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
-from meshctl.api.base import Strict
+from meshctl.api.base import Strict, repeated, wrong
 
 ALLOCATION = "meshctl.io/gpu-allocation"
 """Annotation of a pod. Written with the pod's binding; a ValidatingAdmissionPolicy refuses it from anybody else."""
@@ -34,6 +34,13 @@ class Allocation(Strict):
     version: Annotated[int, Field(ge=VERSION, le=VERSION)] = VERSION
     containers: Annotated[tuple[ContainerAllocation, ...], Field(strict=False)] = ()
 
+    @model_validator(mode="after")
+    def _once(self) -> Allocation:
+        names = [container.name for container in self.containers]
+        if (again := repeated(names)) is not None:
+            wrong(f"{names[again]!r} stands twice", "containers", again, "name")
+        return self
+
     def by_container(self) -> Mapping[str, Mapping[str, int]]:
         return {container.name: container.gpus for container in self.containers}
 
@@ -49,5 +56,6 @@ def read_allocation(annotations: Mapping[str, str]) -> Allocation | None:
         return Allocation.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the whole"
+        at = (*first["loc"], *first.get("ctx", {}).get("at", ()))
+        where = ".".join(map(str, at)) or "the whole"
         raise ValueError(f"{ALLOCATION}: {where}: {first['msg']}") from error

@@ -26,6 +26,11 @@ def profile(name: str = "resnet-v100", **spec: Any) -> dict[str, Any]:
     return _object("ModelProfile", name, {**smallest, **spec})
 
 
+def sharing_policy(name: str = "shared", **spec: Any) -> dict[str, Any]:
+    """The smallest valid GPUSharingPolicy, with `spec` on top."""
+    return _object("GPUSharingPolicy", name, spec)
+
+
 def question(**fields: Any) -> dict[str, Any]:
     """The smallest valid input of `meshctl solve`, with `fields` on top."""
     sizes = [{"name": "small", "batch": 1, "share": 0.8}, {"name": "large", "batch": 8, "share": 0.2}]
