@@ -121,23 +121,15 @@ def _cluster(
 
 
 async def _serve(config: Config) -> None:
-    """Until the first SIGTERM or SIGINT; a second one ends it at once, as without a handler."""
+    """Until the first SIGTERM or SIGINT."""
     import asyncio
-    import signal
 
     gc.set_threshold(YOUNG, 20, NEVER)
     _share_heap()
+    from meshctl.cli.signals import ended_by_signal
     from meshctl.controller.main import running
 
-    ended = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def end(number: int) -> None:
-        ended.set()
-        loop.remove_signal_handler(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, end, number)
+    ended = ended_by_signal()
     async with running(config) as controller:
         settling = asyncio.create_task(_settle_memory(controller.loop))
         await ended.wait()

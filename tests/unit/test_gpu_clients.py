@@ -15,7 +15,7 @@ UID = "1b4e28ba-2fa1-11d2-883f-0016d3cca427"
     [
         pytest.param(f"11:memory:/kubepods/burstable/pod{UID}/0123abcd\n", UID, id="cgroupfs driver, version 1"),
         pytest.param(
-            f"0::/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod{UID.replace('-', '_')}.slice/cri-a.scope",
+            f"0::/kubepods.slice/burstable.slice/kubepods-burstable-pod{UID.replace('-', '_')}.slice/cri-a.scope",
             UID,
             id="systemd driver, version 2",
         ),

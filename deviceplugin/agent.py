@@ -1,0 +1,430 @@
+"""The agent: hears what happens to the GPUs of its node, and keeps the kubelet, MPS, the disk and people told.
+
+One event loop, one `Node`. Whatever happens is put into the Node at once and followed by a `turn`: policies applied,
+changes begun, listeners woken. What blocks (NVML, fsync) is done elsewhere and awaited. Each watcher below is a loop
+around one source; a failure of a source is a problem with words, asked again, never the end of the agent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from deviceplugin import allocate as rules
+from deviceplugin.checkpoint import Checkpoint
+from deviceplugin.clients import excess
+from deviceplugin.containers import response
+from deviceplugin.metrics import Metrics
+from deviceplugin.node import Card, Node
+from deviceplugin.objects import gpu_object
+from deviceplugin.policies import Policy, Refusal, Wanted, wanted
+from deviceplugin.ports import ContainerResponse, Device, GpuError, Inventory, Mps
+from deviceplugin.tickets import candidates, hidden, tickets_of
+from meshctl.errors import MeshctlError, UnavailableError
+from meshctl.model import Problem
+from meshctl.ports import Clock, KubeObject
+from meshctl.sharing import Isolation, Mode, Owner, Slot, Ticket
+
+log = structlog.get_logger(__name__)
+
+FRESH_S = 1.0
+"""Longest an Allocate waits for the API server's list of this node's pods, for isolation between tenants."""
+CHANGE_S = 30.0
+"""Longest an Allocate waits for its GPU to be shared otherwise."""
+READY_S = 20.0
+"""Longest a container waits for its MPS daemon before the kubelet is told to try again."""
+
+
+UNKNOWN = Wanted(refusal=Refusal.NODE_UNKNOWN, message="the GPUSharingPolicies are not known yet")
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How often things are looked at; tests shorten it."""
+
+    inventory_s: float = 10.0
+    probe_s: float = 5.0
+    kubelet_s: float = 1.0
+    """Between two looks at who holds what; one follows each Allocate at once."""
+    retry_s: float = 5.0
+    """Until a change of sharing that failed is tried again."""
+
+
+class World(Protocol):
+    """What the agent knows of its cluster, or of its policy file."""
+
+    @property
+    def node_labels(self) -> Mapping[str, str] | None:
+        """None: not known yet."""
+        ...
+
+    @property
+    def node_uid(self) -> str: ...
+    def policies(self) -> Sequence[Policy] | None:
+        """None: not known yet; nothing is deleted then."""
+        ...
+
+    def pods(self) -> Sequence[KubeObject]:
+        """Pods of this node; empty without a cluster."""
+        ...
+
+    async def fresh_pods(self, deadline_s: float) -> Sequence[KubeObject]:
+        """The same, asked anew. Raises UnavailableError."""
+        ...
+
+    def problems(self) -> tuple[Problem, ...]: ...
+    async def wait_changed(self) -> None: ...
+
+
+class Holdings(Protocol):
+    """The kubelet's word on who holds what."""
+
+    async def held(self, resources: frozenset[str]) -> Mapping[Slot, Owner]:
+        """Raises UnavailableError when it cannot say."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What the agent is made of."""
+
+    name: str
+    """Of the node."""
+    inventory: Inventory
+    mps: Mps
+    holdings: Holdings
+    world: World
+    checkpoint: Checkpoint
+    clock: Clock
+    metrics: Metrics
+
+
+class Agent:
+    """`ports.Backend`. `start` it, `run` it until it is cancelled, then `stop` it."""
+
+    def __init__(self, parts: Parts, node: Node, pace: Pace | None = None) -> None:
+        self.node = node
+        self.parts = parts
+        self._pace = pace or Pace()
+        self._changed = asyncio.Event()
+        self._look = asyncio.Event()
+        """Who holds what is to be asked now."""
+        self._allocating = asyncio.Lock()
+        self._saving = asyncio.Lock()
+        self._saved: object = None
+        self._changes: dict[str, asyncio.Task[None]] = {}
+        self._problems: dict[str, str] = {}
+        parts.metrics.observe(node, parts.clock.now_s)
+
+    def problems(self) -> tuple[Problem, ...]:
+        """What is wrong now, by activity."""
+        own = tuple(Problem(activity, message) for activity, message in sorted(self._problems.items()))
+        return own + self.parts.world.problems()
+
+    def objects(self) -> list[KubeObject]:
+        """The GPU objects, in order of UUID, without times."""
+        driver, uid, now_s = self.parts.inventory.driver, self.parts.world.node_uid, self._now_s()
+        return [
+            gpu_object(self.parts.name, uid, self.node.seen(uuid, now_s, driver), self.node.ledger)
+            for uuid in sorted(self.node.cards)
+        ]
+
+    # ------------------------------------------------------------------------------------------------ for the kubelet
+
+    def devices(self, resource: str) -> Sequence[Device]:
+        return self.node.devices(resource, self._now_s())
+
+    async def wait_changed(self, resource: str, seen: Sequence[Device]) -> Sequence[Device]:
+        while (now := self.devices(resource)) == seen:
+            await self.changed()
+        return now
+
+    async def changed(self) -> None:
+        """Returns at the next turn."""
+        await self._changed.wait()
+
+    async def preferred(self, resource: str, available: Sequence[str], must: Sequence[str], size: int) -> list[str]:
+        asking = await self._candidates(resource, size)
+        gpus = self.node.shared(self._now_s())
+        return rules.prefer(resource, gpus, available, must, size, self.node.ledger, asking)
+
+    async def allocate(self, resource: str, containers: Sequence[Sequence[str]]) -> list[ContainerResponse]:
+        async with self._allocating:
+            try:
+                found = await self._allocate(resource, containers)
+            except rules.RefusedSlotsError as refused:
+                self.parts.metrics.allocations.labels(resource, refused.reason).inc(len(containers))
+                raise
+        self.parts.metrics.allocations.labels(resource, "Given").inc(len(containers))
+        self._look.set()
+        return found
+
+    async def _allocate(self, resource: str, containers: Sequence[Sequence[str]]) -> list[ContainerResponse]:
+        await self._settled({Slot.parse(text).uuid for ids in containers for text in ids if _ours(text)})
+        asking = [one for ids in containers for one in await self._candidates(resource, len(ids))]
+        now_s = self._now_s()
+        gpus = self.node.shared(now_s)
+        grants = rules.check(resource, gpus, containers, self.node.ledger, asking)
+        answers = [response(grant.slots, gpus, self.parts.mps.pipe_directory) for grant in grants]
+        slots = [slot for grant in grants for slot in grant.slots]
+        before = self.node.ledger
+        self.node.ledger = before.granted(grants, now_s)
+        try:
+            await self._save()
+        except OSError as error:
+            self.node.ledger = self.node.ledger.withdrawn(slots)
+            raise UnavailableError(
+                f"slots are not given while they cannot be written down: {self.parts.checkpoint.path}: {error.strerror}"
+            ) from error
+        self._turn()
+        return answers
+
+    async def pre_start(self, resource: str, ids: Sequence[str]) -> None:
+        for uuid in sorted({Slot.parse(text).uuid for text in ids}):
+            card = self.node.cards.get(uuid)
+            if card is not None and card.sharing is not None and card.sharing.mode is Mode.MPS:
+                await self.parts.mps.ready(uuid, READY_S)
+
+    async def _candidates(self, resource: str, asked: int) -> tuple[Ticket, ...]:
+        """Containers that this may be for. Between tenants what was watched is not enough: the kubelet may know more."""
+        world = self.parts.world
+        pods = world.pods()
+        sharings = (card.sharing for card in self.node.cards.values())
+        if any(one is not None and one.isolation is Isolation.TENANT and one.resource == resource for one in sharings):
+            try:
+                pods = await world.fresh_pods(FRESH_S)
+            except UnavailableError as error:
+                log.warning("the pods of the node are as last seen", error=str(error))
+        return candidates(self._tickets(pods), resource, asked, self.node.ledger)
+
+    def _tickets(self, pods: Sequence[KubeObject]) -> list[Ticket]:
+        resources = self.node.resources()
+        return [ticket for pod in pods for ticket in tickets_of(pod, resources).tickets]
+
+    async def _settled(self, uuids: set[str]) -> None:
+        """Returns when none of these GPUs is between two ways of sharing: the kubelet chose before it heard of it."""
+        async with asyncio.timeout(CHANGE_S):
+            while any((card := self.node.cards.get(uuid)) is not None and card.changing for uuid in uuids):
+                await self.changed()
+
+    # ------------------------------------------------------------------------------------------------------- the life
+
+    async def start(self) -> None:
+        """The first look at everything; afterwards `devices` is right. Raises MeshctlError when there is no NVML."""
+        self.node.found(await self.parts.inventory.gpus())
+        await self._ask_kubelet()
+        for card in self.node.cards.values():
+            if card.sharing is not None and card.sharing.mode is Mode.MPS:
+                self.parts.mps.want(card.gpu)
+        self._apply()
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for activity, look, every_s in (
+                ("inventory", self._look_at_gpus, self._pace.inventory_s),
+                ("probe", self._probe, self._pace.probe_s),
+                ("kubelet", self._ask_kubelet, self._pace.kubelet_s),
+            ):
+                tasks.create_task(self._every(activity, look, every_s), name=activity)
+            tasks.create_task(self._hear_xids(), name="xids")
+            tasks.create_task(self._follow(self.parts.mps.wait_changed), name="mps")
+            tasks.create_task(self._follow(self.parts.world.wait_changed), name="world")
+
+    async def stop(self) -> None:
+        """Ends what waits. MPS daemons of GPUs that nobody holds are ended too; those of others run on."""
+        for task in self._changes.values():
+            task.cancel()
+        await asyncio.gather(*self._changes.values(), return_exceptions=True)
+        for uuid, card in self.node.cards.items():
+            if card.sharing is not None and card.sharing.mode is Mode.MPS and self.node.told and not self._busy(uuid):
+                try:
+                    await self.parts.mps.unwant(uuid)
+                except MeshctlError as error:
+                    log.warning("MPS daemon left running", gpu=uuid, error=str(error))
+        await self.parts.mps.stop()
+
+    async def _every(self, activity: str, look: Callable[[], Awaitable[None]], every_s: float) -> None:
+        wake = self._look if activity == "kubelet" else asyncio.Event()
+        while True:
+            try:
+                async with asyncio.timeout(every_s):
+                    await wake.wait()
+            except TimeoutError:
+                pass
+            wake.clear()
+            try:
+                await look()
+            except MeshctlError as error:
+                self._failed(activity, error)
+            else:
+                self._problems.pop(activity, None)
+            self._turn()
+
+    async def _follow(self, wait_changed: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            await wait_changed()
+            self._turn()
+
+    def _failed(self, activity: str, error: Exception) -> None:
+        if self._problems.get(activity) != str(error):
+            log.warning("cannot be done, trying again", activity=activity, error=str(error))
+        self._problems[activity] = str(error)
+        self.parts.metrics.failures.labels(activity).inc()
+
+    # ------------------------------------------------------------------------------------------------------- watchers
+
+    async def _look_at_gpus(self) -> None:
+        self.node.found(await self.parts.inventory.gpus())
+
+    async def _probe(self) -> None:
+        await asyncio.gather(*(self._probe_one(uuid) for uuid, card in self.node.cards.items() if card.present))
+
+    async def _probe_one(self, uuid: str) -> None:
+        """Whether the GPU answers, and whether anybody has more processes on it than its limits are for."""
+        error = None
+        try:
+            await self.parts.inventory.probe(uuid)
+            running = await self.parts.inventory.processes(uuid)
+        except GpuError as failed:
+            error, running = failed, None
+        self.node.probed(uuid, error, self._now_s())
+        self.node.counted(uuid, None if running is None else self._over(uuid, running))
+
+    def _over(self, uuid: str, running: Sequence[int]) -> str | None:
+        sharing = self.node.cards[uuid].sharing if uuid in self.node.cards else None
+        if sharing is None or sharing.mode is not Mode.MPS:
+            return None
+        pods = {pod["metadata"]["uid"]: (pod["metadata"]["namespace"], pod["metadata"]["name"]) for pod in self._pods()}
+        owners = self.node.ledger.holders(uuid)
+        return "; ".join(excess(map(cgroup_of, running), pods, owners, sharing.clients_per_container))
+
+    def _pods(self) -> Sequence[KubeObject]:
+        return self.parts.world.pods()
+
+    async def _ask_kubelet(self) -> None:
+        """Who holds what. When the kubelet does not say, everything stays as it was."""
+        asked_at_s = self._now_s()
+        try:
+            held = await self.parts.holdings.held(self.node.resources())
+        except UnavailableError as error:
+            self._failed("kubelet", error)
+            return
+        self._problems.pop("kubelet", None)
+        self.node.listed(held, asked_at_s, hidden(self._tickets(self.parts.world.pods())))
+
+    async def _hear_xids(self) -> None:
+        while True:
+            try:
+                xid = await self.parts.inventory.next_xid()
+            except GpuError as error:
+                self._failed("xids", error)
+                await asyncio.sleep(self._pace.retry_s)
+                continue
+            self._problems.pop("xids", None)
+            hit = self.node.xid(xid.code, xid.uuid, self._now_s())
+            for uuid in hit:
+                ignored = self.node.cards[uuid].rules.ignores(xid.code)
+                self.parts.metrics.xids.labels(uuid, xid.code, str(ignored).lower()).inc()
+                log.warning("XID", gpu=uuid, xid=xid.code, ignored=ignored)
+            self._turn()
+
+    # ------------------------------------------------------------------------------------------------------ a turn
+
+    def _turn(self) -> None:
+        """After whatever happened: what follows from it."""
+        self._apply()
+        self._changed.set()
+        self._changed = asyncio.Event()
+        if self._durable() != self._saved and not self._saving.locked():
+            self._spawn("", self._save_soon())
+
+    def _apply(self) -> None:
+        world, now_s = self.parts.world, self._now_s()
+        for uuid in self.node.cards:
+            self.node.mps(uuid, self.parts.mps.status(uuid), now_s)
+        policies, labels, driver = world.policies(), world.node_labels, self.parts.inventory.driver
+        self.node.asked(
+            {
+                uuid: UNKNOWN if policies is None else wanted(card.gpu, self.parts.name, labels, policies, driver)
+                for uuid, card in self.node.cards.items()
+            }
+        )
+        for uuid in self.node.due():
+            self.node.begun(uuid)
+            self._spawn(uuid, self._change(self.node.cards[uuid]))
+
+    def _spawn(self, key: str, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._changes[key] = task
+        task.add_done_callback(lambda done: self._changes.pop(key, None) if self._changes.get(key) is done else None)
+
+    async def _change(self, card: Card) -> None:
+        """Shares one GPU, on which nobody is, otherwise."""
+        uuid, old = card.gpu.uuid, card.sharing
+        done = False
+        try:
+            if old is not None and old.mode is Mode.MPS:
+                await self.parts.mps.unwant(uuid)
+            done = True
+        except MeshctlError as error:
+            self._failed(f"change {uuid}", error)
+            await asyncio.sleep(self._pace.retry_s)
+        finally:
+            self.node.finished(uuid, changed=done)
+        new = self.node.cards[uuid].sharing
+        if new is not None and new.mode is Mode.MPS:
+            self.parts.mps.want(card.gpu)
+        if done:
+            self._problems.pop(f"change {uuid}", None)
+            log.info("shared otherwise", gpu=uuid, policy=new.policy if new else None, mode=new.mode if new else None)
+        self._turn()
+
+    # ------------------------------------------------------------------------------------------------------- the disk
+
+    def _durable(self) -> object:
+        return self.node.saved(self._now_s())
+
+    async def _save(self) -> None:
+        """Raises OSError."""
+        async with self._saving:
+            state, now_s = self.node.saved(self._now_s()), self._now_s()
+            await asyncio.to_thread(self.parts.checkpoint.save, state, now_s)
+            self._saved = state
+
+    async def _save_soon(self) -> None:
+        try:
+            await self._save()
+        except OSError as error:
+            self._failed("checkpoint", error)
+        else:
+            self._problems.pop("checkpoint", None)
+
+    # ------------------------------------------------------------------------------------------------------- helpers
+
+    def _now_s(self) -> float:
+        return self.parts.clock.now_s()
+
+    def _busy(self, uuid: str) -> bool:
+        return self.node.ledger.busy(uuid)
+
+
+def cgroup_of(pid: int) -> str:
+    """ "" for a process that has ended."""
+    try:
+        return Path(f"/proc/{pid}/cgroup").read_text()
+    except OSError:
+        return ""
+
+
+def _ours(text: str) -> bool:
+    try:
+        Slot.parse(text)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,160 @@
+"""Puts the agent together: the one place of this package that knows all its edges.
+
+The order of the start matters: the lock, the last run's state, the GPUs, who holds them, and only then the kubelet is
+told. The end goes the other way: the kubelet is told nothing any more, then MPS daemons that nobody uses end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from deviceplugin.admin import AdminServer
+from deviceplugin.agent import Agent, Pace, Parts, World
+from deviceplugin.checkpoint import Checkpoint
+from deviceplugin.inventory import open_inventory
+from deviceplugin.lock import sole_agent
+from deviceplugin.metrics import Metrics
+from deviceplugin.mps import MpsDaemons
+from deviceplugin.node import Node
+from deviceplugin.podresources import PodResources
+from deviceplugin.publish import GpuPublisher
+from deviceplugin.server import Observe, PluginServer
+from deviceplugin.watch import ClusterView, FileView, PolicyFile
+from meshctl.adapters.kubernetes.client import connect
+from meshctl.address import Address
+from meshctl.controller.clock import MonotonicClock
+from meshctl.errors import InputError, MeshctlError
+
+log = structlog.get_logger(__name__)
+
+PLUGIN_RETRY_S = 5.0
+CLUSTER_S = 10.0
+"""Longest the start waits for the API server: what was in force goes on without it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What `meshctl agent` is told."""
+
+    node: str
+    inventory: str = "nvml"
+    """``nvml`` or ``file:PATH``."""
+    cluster: bool = False
+    kubeconfig: Path | None = None
+    """With `cluster`; None: the pod's service account, or $KUBECONFIG."""
+    policy: Path | None = None
+    """GPUSharingPolicies in a file, instead of the cluster's."""
+    plugin_dir: Path = Path("/var/lib/kubelet/device-plugins")
+    pod_resources: Path = Path("/var/lib/kubelet/pod-resources/kubelet.sock")
+    mps_control: Path = Path("nvidia-cuda-mps-control")
+    mps_root: Path = Path("/run/meshctl/mps")
+    state: Path = Path("/var/lib/meshctl/agent.json")
+    admin: Address = field(default_factory=lambda: Address("127.0.0.1", 18002))
+    pace: Pace = field(default_factory=Pace)
+
+
+async def serve(config: Config, ended: asyncio.Event) -> None:
+    """Until `ended`. Raises InputError or MeshctlError when it can't start, with nothing left behind."""
+    with sole_agent(config.plugin_dir, config.state):
+        async with _agent(config) as (agent, tell):
+            plugins = Plugins(config.plugin_dir, agent, agent.parts.metrics.called)
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(work) for work in (agent.run(), plugins.run(), _telling(agent, tell))]
+                await ended.wait()
+                for task in running:
+                    task.cancel()
+
+
+async def _telling(agent: Agent, tell: Callable[[], None]) -> None:
+    while True:
+        tell()
+        await agent.changed()
+
+
+class Plugins:
+    """One device plugin for each resource that has slots; each goes on alone when another can't."""
+
+    def __init__(self, directory: Path, agent: Agent, observe: Observe) -> None:
+        self._directory, self._agent, self._observe = directory, agent, observe
+        self._running: dict[str, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Until it is cancelled; then the kubelet sees all slots go, and keeps the pods that have some."""
+        try:
+            while True:
+                self._follow(self._agent.node.offered())
+                await self._agent.changed()
+        finally:
+            await self._end(*self._running)
+
+    def _follow(self, offered: frozenset[str]) -> None:
+        for resource in sorted(offered - self._running.keys()):
+            self._running[resource] = asyncio.create_task(self._keep(resource), name=f"plugin {resource}")
+        for resource in sorted(self._running.keys() - offered):
+            self._running.pop(resource).cancel()
+
+    async def _keep(self, resource: str) -> None:
+        while True:
+            try:
+                await PluginServer(self._directory, resource, self._agent, self._observe).run()
+            except MeshctlError as error:
+                log.error("device plugin cannot serve, trying again", resource=resource, error=str(error))
+            await asyncio.sleep(PLUGIN_RETRY_S)
+
+    async def _end(self, *resources: str) -> None:
+        tasks = [self._running.pop(resource) for resource in resources]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def _agent(config: Config) -> AsyncIterator[tuple[Agent, Callable[[], None]]]:
+    """The agent, started, and how people are told of it."""
+    async with AsyncExitStack() as stack:
+        clock = MonotonicClock()
+        inventory = open_inventory(config.inventory)
+        stack.push_async_callback(inventory.close)
+        checkpoint = Checkpoint(config.state)
+        node = Node.restored(await asyncio.to_thread(checkpoint.load, clock.now_s()))
+        holdings = PodResources(config.pod_resources)
+        stack.push_async_callback(holdings.close)
+        world, publisher = await _world(config, stack)
+        mps = MpsDaemons(config.mps_control, config.mps_root, inventory, busy=lambda uuid: node.ledger.busy(uuid))
+        agent = Agent(
+            Parts(config.node, inventory, mps, holdings, world, checkpoint, clock, Metrics()), node, config.pace
+        )
+        stack.push_async_callback(agent.stop)
+        await agent.start()
+        admin = AdminServer(agent)
+        await admin.start(config.admin)
+        stack.push_async_callback(admin.stop)
+        log.info("serving", node=config.node, gpus=len(node.cards), admin=str(admin.address))
+        yield agent, (lambda: publisher.update(agent.objects())) if publisher is not None else _nobody
+
+
+def _nobody() -> None:
+    """Without a cluster people look at the admin API."""
+
+
+async def _world(config: Config, stack: AsyncExitStack) -> tuple[World, GpuPublisher | None]:
+    """Started. Raises InputError for a policy file or a kubeconfig that cannot be used."""
+    file = await asyncio.to_thread(PolicyFile, config.policy) if config.policy is not None else None
+    if not config.cluster:
+        if file is None:
+            raise InputError("neither a cluster nor a policy: give --kubeconfig FILE, or --policy FILE")
+        return FileView(config.node, file), None
+    client = await stack.enter_async_context(connect(config.kubeconfig))
+    view = ClusterView(client, config.node, file=file)
+    stack.push_async_callback(view.stop)
+    await view.start(CLUSTER_S)
+    publisher = GpuPublisher(client, config.node)
+    publisher.start()
+    stack.push_async_callback(publisher.stop)
+    return view, publisher

@@ -1,0 +1,240 @@
+"""The GPUs of one node as the agent knows them, and what is due. Pure: what happened in, what to do out.
+
+Invariants: a GPU's sharing changes only between `begun` and `finished`, and that begins only when no slot of it is held
+or promised; a GPU that somebody holds is never forgotten, whatever the inventory says; time is an argument.
+
+    inventory, policies, XIDs, probes, MPS, the kubelet's word  ->  Node  ->  devices (for the kubelet), shared (for
+    `allocate`), due (changes of sharing), saved (for the disk)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from deviceplugin.allocate import Shared
+from deviceplugin.health import GpuHealth
+from deviceplugin.ledger import Ledger, Pending
+from deviceplugin.objects import Seen
+from deviceplugin.policies import Wanted
+from deviceplugin.ports import Device
+from meshctl.sharing import Gpu, Health, HealthRules, Mode, MpsPhase, MpsStatus, OnChange, Owner, Sharing, Slot
+
+_HARD = ("resource", "mode", "replicas", "isolation", "oversubscription_ratio", "memory_limit", "clients_per_container")
+"""What pods on a GPU were promised: it changes when there are none."""
+NO_RULES = HealthRules()
+
+
+@dataclass(frozen=True, slots=True)
+class SavedGpu:
+    """One GPU, as the last run left it."""
+
+    gpu: Gpu
+    sharing: Sharing | None
+    """In force."""
+    health: GpuHealth
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """What one run leaves to the next."""
+
+    gpus: Mapping[str, SavedGpu] = field(default_factory=lambda: MappingProxyType({}))
+    pending: Mapping[Slot, Pending] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One physical GPU of this node."""
+
+    gpu: Gpu
+    present: bool = True
+    """The inventory shows it."""
+    sharing: Sharing | None = None
+    """In force; None: it has no slots."""
+    wanted: Wanted = field(default_factory=Wanted)
+    changing: bool = False
+    """Between two ways of sharing: no slots are given out."""
+    illness: GpuHealth = field(default_factory=GpuHealth)
+    mps: MpsStatus = field(default_factory=MpsStatus)
+    over: str | None = None
+    """Which pod has more processes on it than its share allows for, in words; "": none; None: nobody knows."""
+
+    @property
+    def rules(self) -> HealthRules:
+        asked = self.wanted.sharing or self.sharing
+        return asked.health if asked is not None else NO_RULES
+
+    def health(self, now_s: float) -> Health:
+        if not self.present:
+            return Health(False, "Lost", f"{self.gpu.uuid} is not among the GPUs of this node any more")
+        return self.illness.health(now_s, self.rules)
+
+    @property
+    def outdated(self) -> bool:
+        """Its pods, if any, hold slots of another sharing than is wanted now."""
+        if self.wanted.refused:
+            return False
+        if self.sharing is None or self.wanted.sharing is None:
+            return self.sharing is not self.wanted.sharing
+        now, then = self.sharing, self.wanted.sharing
+        return any(getattr(now, name) != getattr(then, name) for name in _HARD)
+
+    @property
+    def drains(self) -> bool:
+        """Free slots are withdrawn: it waits to be empty. Without a policy it has none to give."""
+        wanted = self.wanted.sharing
+        return self.outdated and (wanted is None or wanted.on_change is OnChange.DRAIN)
+
+
+class Node:
+    """All GPUs of the node, and who holds their slots."""
+
+    def __init__(self, cards: Mapping[str, Card], ledger: Ledger) -> None:
+        self._cards = dict(cards)
+        self.ledger = ledger
+        self.told = False
+        """The kubelet has said who holds what, since this run began."""
+
+    @classmethod
+    def restored(cls, saved: Saved | None) -> Node:
+        """As the last run left it; who holds what the kubelet tells. Absent until the inventory shows them."""
+        if saved is None:
+            return cls({}, Ledger())
+        cards = {
+            uuid: Card(one.gpu, present=False, sharing=one.sharing, illness=one.health)
+            for uuid, one in saved.gpus.items()
+        }
+        return cls(cards, Ledger(pending=saved.pending))
+
+    def saved(self, now_s: float) -> Saved:
+        """What the next run must know. A GPU that is well is saved as such: its last probe is nobody's business."""
+        gpus = {
+            uuid: SavedGpu(
+                card.gpu, card.sharing, GpuHealth() if card.illness.health(now_s, card.rules).healthy else card.illness
+            )
+            for uuid, card in self._cards.items()
+        }
+        return Saved(gpus, self.ledger.pending)
+
+    @property
+    def cards(self) -> Mapping[str, Card]:
+        return self._cards
+
+    def resources(self) -> frozenset[str]:
+        """Resources that have slots, or will."""
+        both = ((card.sharing, card.wanted.sharing) for card in self._cards.values())
+        return frozenset(sharing.resource for pair in both for sharing in pair if sharing is not None)
+
+    def offered(self) -> frozenset[str]:
+        """Resources that have slots now."""
+        return frozenset(card.sharing.resource for card in self._cards.values() if card.sharing is not None)
+
+    # ------------------------------------------------------------------------------------------------ what happened
+
+    def found(self, gpus: Sequence[Gpu]) -> None:
+        """What the inventory shows. A GPU that is not there any more stays, as lost: people must see that it is."""
+        now = {gpu.uuid: gpu for gpu in gpus}
+        for uuid, card in self._cards.items():
+            self._cards[uuid] = replace(card, gpu=now.get(uuid, card.gpu), present=uuid in now)
+        for uuid, gpu in now.items():
+            self._cards.setdefault(uuid, Card(gpu))
+
+    def asked(self, wanted: Mapping[str, Wanted]) -> None:
+        """What the policies come to; what changes nothing for its pods takes effect at once."""
+        for uuid, card in self._cards.items():
+            card = replace(card, wanted=wanted.get(uuid, Wanted()))
+            if not card.outdated and not card.wanted.refused and not card.changing:
+                card = replace(card, sharing=card.wanted.sharing)
+            self._cards[uuid] = card
+
+    def xid(self, code: int, uuid: str | None, now_s: float) -> tuple[str, ...]:
+        """The GPUs that are concerned: all when nobody knows which."""
+        hit = tuple(one for one in sorted(self._cards) if uuid in (None, one))
+        for one in hit:
+            card = self._cards[one]
+            self._cards[one] = replace(card, illness=card.illness.xid(code, now_s, card.rules))
+        return hit
+
+    def probed(self, uuid: str, error: Exception | None, now_s: float) -> None:
+        if (card := self._cards.get(uuid)) is not None:
+            self._cards[uuid] = replace(card, illness=card.illness.probed(error, now_s))
+
+    def mps(self, uuid: str, status: MpsStatus, now_s: float) -> None:
+        if (card := self._cards.get(uuid)) is not None and card.mps != status:
+            self._cards[uuid] = replace(card, mps=status, illness=card.illness.mps(status, now_s))
+
+    def counted(self, uuid: str, over: str | None) -> None:
+        if (card := self._cards.get(uuid)) is not None:
+            self._cards[uuid] = replace(card, over=over)
+
+    def listed(self, held: Mapping[Slot, Owner], asked_at_s: float, hidden: Collection[Owner] = ()) -> None:
+        """The kubelet's word, as of `asked_at_s`; it says nothing of the owners `hidden`."""
+        self.ledger = self.ledger.observed(held, asked_at_s, hidden)
+        if not self.told:  # what the last run knew, and nobody has or holds: a card that was taken out
+            gone = [uuid for uuid, card in self._cards.items() if not (card.present or self.ledger.busy(uuid))]
+            for uuid in gone:
+                del self._cards[uuid]
+        self.told = True
+
+    # --------------------------------------------------------------------------------------------------- what to do
+
+    def due(self) -> tuple[str, ...]:
+        """GPUs that may be shared otherwise now. One that was never shared need not wait for the kubelet's word."""
+        return tuple(
+            uuid
+            for uuid, card in sorted(self._cards.items())
+            if card.outdated and not card.changing and (card.sharing is None or self._empty(uuid))
+        )
+
+    def _empty(self, uuid: str) -> bool:
+        return self.told and not self.ledger.busy(uuid)
+
+    def begun(self, uuid: str) -> None:
+        self._cards[uuid] = replace(self._cards[uuid], changing=True)
+
+    def finished(self, uuid: str, *, changed: bool) -> None:
+        card = self._cards[uuid]
+        self._cards[uuid] = replace(card, changing=False, sharing=card.wanted.sharing if changed else card.sharing)
+
+    def devices(self, resource: str, now_s: float) -> tuple[Device, ...]:
+        """All slots of `resource`. Those of an ill GPU are all ill; of one that drains, those that nobody holds."""
+        return tuple(
+            Device(str(Slot(uuid, number)), self._given(card, number, now_s))
+            for uuid, card in sorted(self._cards.items())
+            if card.sharing is not None and card.sharing.resource == resource
+            for number in range(card.sharing.replicas)
+        )
+
+    def _given(self, card: Card, number: int, now_s: float) -> bool:
+        if card.changing or not card.health(now_s).healthy or not _mps_runs(card):
+            return False
+        return not card.drains or number in self.ledger.used(card.gpu.uuid)
+
+    def seen(self, uuid: str, now_s: float, driver: str) -> Seen:
+        """What people are told of the GPU."""
+        card = self._cards[uuid]
+        return Seen(
+            gpu=card.gpu,
+            driver=driver,
+            sharing=card.sharing,
+            wanted=card.wanted,
+            withdrawn=card.changing or card.drains or not _mps_runs(card),
+            health=card.health(now_s),
+            mps=card.mps,
+            over=card.over,
+        )
+
+    def shared(self, now_s: float) -> Mapping[str, Shared]:
+        """What `allocate` may give out. An MPS daemon that starts is no obstacle: the container waits for it."""
+        found = {}
+        for uuid, card in self._cards.items():
+            if card.sharing is not None:
+                health = card.health(now_s)
+                found[uuid] = Shared(card.gpu, card.sharing, health.healthy, health.message or health.reason)
+        return found
+
+
+def _mps_runs(card: Card) -> bool:
+    return card.sharing is None or card.sharing.mode is not Mode.MPS or card.mps.phase is MpsPhase.RUNNING
