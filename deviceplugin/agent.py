@@ -191,7 +191,7 @@ class Agent:
                 await self.parts.mps.ready(uuid, READY_S)
 
     async def _candidates(self, resource: str, asked: int) -> tuple[Ticket, ...]:
-        """Containers that this may be for. Between tenants what was watched is not enough: the kubelet may know more."""
+        """Containers that this may be for. Between tenants what was watched is not enough: the kubelet knows more."""
         world = self.parts.world
         pods = world.pods()
         sharings = (card.sharing for card in self.node.cards.values())
@@ -242,7 +242,12 @@ class Agent:
             task.cancel()
         await asyncio.gather(*self._changes.values(), return_exceptions=True)
         for uuid, card in self.node.cards.items():
-            if card.sharing is not None and card.sharing.mode is Mode.MPS and self.node.told and not self._busy(uuid):
+            if (
+                card.sharing is not None
+                and card.sharing.mode is Mode.MPS
+                and self.node.told
+                and not self.node.busy(uuid)
+            ):
                 try:
                     await self.parts.mps.unwant(uuid)
                 except MeshctlError as error:
@@ -409,9 +414,6 @@ class Agent:
 
     def _now_s(self) -> float:
         return self.parts.clock.now_s()
-
-    def _busy(self, uuid: str) -> bool:
-        return self.node.ledger.busy(uuid)
 
 
 def cgroup_of(pid: int) -> str:

@@ -31,7 +31,7 @@ def excess(
     `cgroups` of the processes that compute on it (MPS servers left out), `pods` (namespace, name) by UID, `holders` of
     its slots, `allowed` processes per container.
     """
-    running = Counter(pods[uid] for text in cgroups if (uid := pod_uid(text)) in pods)
+    running = Counter(pods[uid] for uid in map(pod_uid, cgroups) if uid is not None and uid in pods)
     containers = Counter((owner.namespace, owner.pod) for owner in holders)
     return tuple(
         f"{namespace}/{name} has {count} processes on the GPU and limits for {limit}"

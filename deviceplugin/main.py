@@ -104,7 +104,7 @@ class Plugins:
             try:
                 await PluginServer(self._directory, resource, self._agent, self._observe).run()
             except MeshctlError as error:
-                log.error("device plugin cannot serve, trying again", resource=resource, error=str(error))
+                log.warning("device plugin cannot serve, trying again", resource=resource, error=str(error))
             await asyncio.sleep(PLUGIN_RETRY_S)
 
     async def _end(self, *resources: str) -> None:
@@ -126,10 +126,9 @@ async def _agent(config: Config) -> AsyncIterator[tuple[Agent, Callable[[], None
         holdings = PodResources(config.pod_resources)
         stack.push_async_callback(holdings.close)
         world, publisher = await _world(config, stack)
-        mps = MpsDaemons(config.mps_control, config.mps_root, inventory, busy=lambda uuid: node.ledger.busy(uuid))
-        agent = Agent(
-            Parts(config.node, inventory, mps, holdings, world, checkpoint, clock, Metrics()), node, config.pace
-        )
+        mps = MpsDaemons(config.mps_control, config.mps_root, inventory, busy=node.busy)
+        parts = Parts(config.node, inventory, mps, holdings, world, checkpoint, clock, Metrics())
+        agent = Agent(parts, node, config.pace)
         stack.push_async_callback(agent.stop)
         await agent.start()
         admin = AdminServer(agent)

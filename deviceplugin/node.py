@@ -127,6 +127,10 @@ class Node:
         both = ((card.sharing, card.wanted.sharing) for card in self._cards.values())
         return frozenset(sharing.resource for pair in both for sharing in pair if sharing is not None)
 
+    def busy(self, uuid: str) -> bool:
+        """Somebody holds a slot of the GPU, or is about to."""
+        return self.ledger.busy(uuid)
+
     def offered(self) -> frozenset[str]:
         """Resources that have slots now."""
         return frozenset(card.sharing.resource for card in self._cards.values() if card.sharing is not None)
@@ -143,11 +147,10 @@ class Node:
 
     def asked(self, wanted: Mapping[str, Wanted]) -> None:
         """What the policies come to; what changes nothing for its pods takes effect at once."""
-        for uuid, card in self._cards.items():
-            card = replace(card, wanted=wanted.get(uuid, Wanted()))
-            if not card.outdated and not card.wanted.refused and not card.changing:
-                card = replace(card, sharing=card.wanted.sharing)
-            self._cards[uuid] = card
+        for uuid, before in self._cards.items():
+            card = replace(before, wanted=wanted.get(uuid, Wanted()))
+            at_once = not (card.outdated or card.wanted.refused or card.changing)
+            self._cards[uuid] = replace(card, sharing=card.wanted.sharing) if at_once else card
 
     def xid(self, code: int, uuid: str | None, now_s: float) -> tuple[str, ...]:
         """The GPUs that are concerned: all when nobody knows which."""
@@ -173,7 +176,7 @@ class Node:
         """The kubelet's word, as of `asked_at_s`; it says nothing of the owners `hidden`."""
         self.ledger = self.ledger.observed(held, asked_at_s, hidden)
         if not self.told:  # what the last run knew, and nobody has or holds: a card that was taken out
-            gone = [uuid for uuid, card in self._cards.items() if not (card.present or self.ledger.busy(uuid))]
+            gone = [uuid for uuid, card in self._cards.items() if not (card.present or self.busy(uuid))]
             for uuid in gone:
                 del self._cards[uuid]
         self.told = True
@@ -189,7 +192,7 @@ class Node:
         )
 
     def _empty(self, uuid: str) -> bool:
-        return self.told and not self.ledger.busy(uuid)
+        return self.told and not self.busy(uuid)
 
     def begun(self, uuid: str) -> None:
         self._cards[uuid] = replace(self._cards[uuid], changing=True)
