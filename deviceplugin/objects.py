@@ -15,7 +15,7 @@ from deviceplugin.ledger import Ledger
 from deviceplugin.policies import Refusal, Wanted, capability
 from meshctl.api.base import API_VERSION
 from meshctl.sharing import Gpu, Health, Isolation, Mode, MpsPhase, MpsStatus, Owner, Sharing
-from meshctl.told import NORMAL, WARNING, Notice, StatusObject, conditions_of
+from meshctl.told import NORMAL, WARNING, Notice, StatusObject, conditions_of, dated
 
 NODE_LABEL = "meshctl.io/node"
 """Of a GPU object: its node, so that an agent watches its own objects only."""
@@ -94,6 +94,11 @@ def status_of(seen: Seen, ledger: Ledger) -> dict[str, Any]:
     if (sharing is not None and sharing.mode is Mode.MPS) or seen.mps.phase is not MpsPhase.OFF:
         status["mps"] = _mps(seen.mps)
     return status
+
+
+def stamped(wanted: Mapping[str, Any], before: StatusObject, now: str) -> dict[str, Any]:
+    """`wanted` with its times: `before` is the status that it had (empty: none), `now` is RFC 3339."""
+    return {**wanted, "status": {**dated(wanted["status"], before, now), "heartbeat": now}}
 
 
 def quantity(size_bytes: int) -> str:
