@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 COMMANDS: dict[str, str] = {
     "run": "meshctl.cli.run:run",
+    "agent": "meshctl.cli.agent:agent",
     "demo": "meshctl.cli.demo:demo",
     "status": "meshctl.cli.status:status",
     "routes": "meshctl.cli.routes:routes",

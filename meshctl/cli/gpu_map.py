@@ -269,7 +269,7 @@ def _notes(gpu: GPU, now: datetime) -> Iterator[tuple[str, str]]:
         if condition.status == "False" and condition.type in _FAILED:
             words = f": {condition.message}" if condition.message else ""
             yield f"{_FAILED[condition.type]} ({condition.reason}){words}", "red" if condition.type == "Healthy" else ""
-    if status.mps and status.mps.message and status.mps.state is not MpsPhase.RUNNING:
+    if status.mps and status.mps.message:
         yield f"MPS {status.mps.state}: {status.mps.message}", "yellow"
     if status.tenant:
         yield f"only for namespace {status.tenant}, as long as its pods are on it", "dim"

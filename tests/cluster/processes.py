@@ -134,6 +134,7 @@ class ApiServer(ToolProcess):
             f"--cert-dir={self.certificate.parent}",
             f"--token-auth-file={self._tokens}",
             "--authorization-mode=Node,RBAC",
+            "--allow-privileged=true",  # as everybody's cluster; pod security says where
             "--service-account-issuer=https://kubernetes.default.svc",
             f"--service-account-key-file={self._key}",
             f"--service-account-signing-key-file={self._key}",

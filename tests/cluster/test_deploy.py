@@ -1,5 +1,5 @@
-"""deploy/ on the real API server: it applies, its pods pass the strictest pod security, and its account may do what the
-controller does and nothing else."""
+"""deploy/ on the real API server: it applies, the controller's pods pass the strictest pod security, and the accounts
+of the controller and the agent may do what these do and nothing else."""
 
 from __future__ import annotations
 
@@ -37,6 +37,16 @@ NEEDED: dict[str, set[str]] = {
     "serviceentries.networking.istio.io": WATCH | WRITE,
 }
 """RESOURCE.GROUP -> verbs, in every namespace."""
+AGENT = "meshctl-agent"
+"""The agent's namespace, its account and its DaemonSet."""
+AGENT_NEEDED: dict[str, set[str]] = {
+    "gpusharingpolicies.meshctl.io": WATCH,
+    "gpus.meshctl.io": WATCH | WRITE,
+    "gpus/status.meshctl.io": {"patch"},
+    "pods": WATCH,
+    "nodes": WATCH,
+    "events.events.k8s.io": {"create"},
+}
 LEASES = {"leases.coordination.k8s.io": {"create", "get", "update"}}
 """In its own namespace, on top; all but create only on the one called meshctl."""
 
@@ -44,7 +54,17 @@ LEASES = {"leases.coordination.k8s.io": {"create", "get", "update"}}
 @pytest.fixture(scope="module")
 def deployed(cluster: Cluster) -> str:
     """What kubectl said when deploy/ was applied, errors and warnings too."""
-    rendered = cluster.kubectl_now("kustomize", str(DEPLOY))
+    return _applied(cluster, DEPLOY)
+
+
+@pytest.fixture(scope="module")
+def agents(deployed: str, cluster: Cluster) -> str:
+    """Likewise of deploy/agent/, which comes after it."""
+    return _applied(cluster, DEPLOY / "agent")
+
+
+def _applied(cluster: Cluster, directory: Path) -> str:
+    rendered = cluster.kubectl_now("kustomize", str(directory))
     return cluster.kubectl_now("apply", "--server-side", "--force-conflicts", "--filename=-", stdin=rendered)
 
 
@@ -68,6 +88,34 @@ async def test_its_account_may_do_what_is_needed_and_nothing_else(deployed: str,
     assert not every.keys() & {*NEEDED, *LEASES}
     assert await _allowed(cluster, ours, elsewhere) == {**NEEDED, **every}
     assert await _allowed(cluster, ours, NAMESPACE) == {**NEEDED, **LEASES, **every}
+
+
+async def test_agents_apply_and_their_pods_are_let_in(agents: str, cluster: Cluster) -> None:
+    """Privileged, which the agent's namespace allows and the controller's does not."""
+    assert "daemonset.apps/meshctl-agent serverside-applied" in agents
+    daemons = await cluster.get("daemonset", AGENT, "--namespace", AGENT)
+    template = daemons["spec"]["template"]
+    pod = {"apiVersion": "v1", "kind": "Pod", **template, "metadata": {**template["metadata"], "name": "one"}}
+    await _let_in(cluster, pod, AGENT)
+    pod["spec"]["serviceAccountName"] = "meshctl"
+    with pytest.raises(KubectlError, match=r"PodSecurity.*privileged"):
+        await _let_in(cluster, pod)
+
+
+async def test_agents_account_may_do_what_is_needed_and_nothing_else(agents: str, cluster: Cluster) -> None:
+    """It is on every GPU node: it writes GPU objects and Events, and no pod, no policy and no allocation."""
+    elsewhere = await cluster.namespace()
+    every = await _allowed(cluster, await cluster.kubeconfig_for(f"{elsewhere}/default"), elsewhere)
+    ours = await cluster.kubeconfig_for(f"{AGENT}/{AGENT}")
+    for namespace in (elsewhere, AGENT, NAMESPACE):
+        assert await _allowed(cluster, ours, namespace) == {**AGENT_NEEDED, **every}
+
+
+async def test_first_policy_is_taken(deployed: str, cluster: Cluster) -> None:
+    """By the API server's schema and rules; it is not part of what is applied."""
+    policy = str(DEPLOY / "agent" / "gpu-policy.yaml")
+    await cluster.kubectl("apply", "--server-side", "--dry-run=server", f"--filename={policy}")
+    assert "default" not in await cluster.kubectl("get", "gpusharingpolicies", "--output=name")
 
 
 @pytest.mark.parametrize(
@@ -113,9 +161,26 @@ def test_the_container_starts_meshctl_with_options_that_it_has() -> None:
     assert {port["targetPort"]: port["port"] for port in service["spec"]["ports"]} == ports
 
 
-async def _let_in(cluster: Cluster, pod: dict[str, Any]) -> None:
+def test_the_agents_container_starts_meshctl_with_options_that_it_has() -> None:
+    """And finds under each path of its options what is mounted there from the same path of the host."""
+    (daemons,) = _documents("agent/daemonset.yaml")
+    spec = daemons["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    command, *arguments = container["args"]
+    group: Any = typer.main.get_command(app)
+    parameters = group.get_command(None, command).make_context(command, arguments).params
+    (port,) = container["ports"]
+    assert (parameters["node"], parameters["admin"]) == ("$(NODE_NAME)", f"0.0.0.0:{port['containerPort']}")
+    mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"]: volume["hostPath"]["path"] for volume in spec["volumes"]}
+    for option in ("plugin_dir", "pod_resources", "mps_root", "state"):
+        path = Path(parameters[option])
+        assert {*map(Path, mounted.values())} & {path, *path.parents}, option
+
+
+async def _let_in(cluster: Cluster, pod: dict[str, Any], namespace: str = NAMESPACE) -> None:
     """Raises KubectlError when the API server would not take it."""
-    command = ("create", "--filename=-", "--dry-run=server", "--namespace", NAMESPACE)
+    command = ("create", "--filename=-", "--dry-run=server", "--namespace", namespace)
     await cluster.kubectl(*command, stdin=orjson.dumps(pod).decode())
 
 
