@@ -187,7 +187,7 @@ class Agent:
     async def pre_start(self, resource: str, ids: Sequence[str]) -> None:
         for uuid in sorted({Slot.parse(text).uuid for text in ids}):
             card = self.node.cards.get(uuid)
-            if card is not None and card.sharing is not None and card.sharing.mode is Mode.MPS:
+            if card is not None and card.by_mps:
                 await self.parts.mps.ready(uuid, READY_S)
 
     async def _candidates(self, resource: str, asked: int) -> tuple[Ticket, ...]:
@@ -217,9 +217,12 @@ class Agent:
     async def start(self) -> None:
         """The first look at everything; afterwards `devices` is right. Raises MeshctlError when there is no NVML."""
         self.node.found(await self.parts.inventory.gpus())
-        await self._ask_kubelet()
+        try:
+            await self._ask_kubelet()
+        except UnavailableError as error:
+            self._failed("kubelet", error)
         for card in self.node.cards.values():
-            if card.sharing is not None and card.sharing.mode is Mode.MPS:
+            if card.by_mps:
                 self.parts.mps.want(card.gpu)
         self._apply()
 
@@ -242,12 +245,7 @@ class Agent:
             task.cancel()
         await asyncio.gather(*self._changes.values(), return_exceptions=True)
         for uuid, card in self.node.cards.items():
-            if (
-                card.sharing is not None
-                and card.sharing.mode is Mode.MPS
-                and self.node.told
-                and not self.node.busy(uuid)
-            ):
+            if card.by_mps and self.node.told and not self.node.busy(uuid):
                 try:
                     await self.parts.mps.unwant(uuid)
                 except MeshctlError as error:
@@ -302,25 +300,18 @@ class Agent:
         self.node.counted(uuid, None if running is None else self._over(uuid, running))
 
     def _over(self, uuid: str, running: Sequence[int]) -> str | None:
-        sharing = self.node.cards[uuid].sharing if uuid in self.node.cards else None
-        if sharing is None or sharing.mode is not Mode.MPS:
+        sharing = self.node.cards[uuid].sharing
+        if sharing is None or not self.node.cards[uuid].by_mps:
             return None
-        pods = {pod["metadata"]["uid"]: (pod["metadata"]["namespace"], pod["metadata"]["name"]) for pod in self._pods()}
+        told = [pod["metadata"] for pod in self.parts.world.pods()]
+        pods = {metadata["uid"]: (metadata["namespace"], metadata["name"]) for metadata in told}
         owners = self.node.ledger.holders(uuid)
         return "; ".join(excess(map(cgroup_of, running), pods, owners, sharing.clients_per_container))
 
-    def _pods(self) -> Sequence[KubeObject]:
-        return self.parts.world.pods()
-
     async def _ask_kubelet(self) -> None:
-        """Who holds what. When the kubelet does not say, everything stays as it was."""
+        """Who holds what. When the kubelet does not say (UnavailableError), everything stays as it was."""
         asked_at_s = self._now_s()
-        try:
-            held = await self.parts.holdings.held(self.node.resources())
-        except UnavailableError as error:
-            self._failed("kubelet", error)
-            return
-        self._problems.pop("kubelet", None)
+        held = await self.parts.holdings.held(self.node.resources())
         self.node.listed(held, asked_at_s, hidden(self._tickets(self.parts.world.pods())))
 
     async def _hear_xids(self) -> None:

@@ -10,7 +10,7 @@ from prometheus_client.registry import Collector
 
 from deviceplugin.node import Node
 from deviceplugin.objects import slots
-from meshctl.sharing import Mode, MpsPhase
+from meshctl.sharing import MpsPhase
 
 _BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
 
@@ -68,7 +68,7 @@ class _Collector(Collector):
         restarts = CounterMetricFamily("meshctl_agent_mps_restarts", "Starts after a failure.", labels=["gpu"])
         for uuid, card in sorted(self._node.cards.items()):
             healthy.add_metric([uuid], card.health(now_s).healthy)
-            if card.sharing is not None and card.sharing.mode is Mode.MPS:
+            if card.by_mps:
                 up.add_metric([uuid], card.mps.phase is MpsPhase.RUNNING)
                 restarts.add_metric([uuid], card.mps.restarts)
                 if card.mps.clients is not None:  # unknown is not 0

@@ -62,6 +62,15 @@ class Card:
     """Which pod has more processes on it than its share allows for, in words; "": none; None: nobody knows."""
 
     @property
+    def by_mps(self) -> bool:
+        """It is shared by an MPS daemon, or will be as soon as that runs."""
+        return self.sharing is not None and self.sharing.mode is Mode.MPS
+
+    @property
+    def waits_for_mps(self) -> bool:
+        return self.by_mps and self.mps.phase is not MpsPhase.RUNNING
+
+    @property
     def rules(self) -> HealthRules:
         asked = self.wanted.sharing or self.sharing
         return asked.health if asked is not None else NO_RULES
@@ -211,7 +220,7 @@ class Node:
         )
 
     def _given(self, card: Card, number: int, now_s: float) -> bool:
-        if card.changing or not card.health(now_s).healthy or not _mps_runs(card):
+        if card.changing or not card.health(now_s).healthy or card.waits_for_mps:
             return False
         return not card.drains or number in self.ledger.used(card.gpu.uuid)
 
@@ -223,7 +232,7 @@ class Node:
             driver=driver,
             sharing=card.sharing,
             wanted=card.wanted,
-            withdrawn=card.changing or card.drains or not _mps_runs(card),
+            withdrawn=card.changing or card.drains or card.waits_for_mps,
             health=card.health(now_s),
             mps=card.mps,
             over=card.over,
@@ -237,7 +246,3 @@ class Node:
                 health = card.health(now_s)
                 found[uuid] = Shared(card.gpu, card.sharing, health.healthy, health.message or health.reason)
         return found
-
-
-def _mps_runs(card: Card) -> bool:
-    return card.sharing is None or card.sharing.mode is not Mode.MPS or card.mps.phase is MpsPhase.RUNNING

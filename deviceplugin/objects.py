@@ -87,8 +87,8 @@ def status_of(seen: Seen, ledger: Ledger) -> dict[str, Any]:
         status |= {"resourceName": sharing.resource, "mode": str(sharing.mode), "isolation": str(sharing.isolation)}
     if holders := _holders(gpu.uuid, ledger):
         status["holders"] = holders
-    if (slots := _slots(seen, ledger))["total"]:
-        status |= {"slots": slots, "summary": f"{slots['used']}/{slots['total']}"}
+    if (counts := slots(seen, ledger))["total"]:
+        status |= {"slots": counts, "summary": f"{counts['used']}/{counts['total']}"}
     if tenant := _tenant(sharing, ledger.tenants(gpu.uuid)):
         status["tenant"] = tenant
     if (sharing is not None and sharing.mode is Mode.MPS) or seen.mps.phase is not MpsPhase.OFF:
@@ -112,7 +112,7 @@ def quantity(size_bytes: int) -> str:
 # ----------------------------------------------------------------------------------------------------- parts of status
 
 
-def _slots(seen: Seen, ledger: Ledger) -> dict[str, int]:
+def slots(seen: Seen, ledger: Ledger) -> dict[str, int]:
     """Slots that are held though the GPU has none (any more) count."""
     used = len(ledger.used(seen.gpu.uuid))
     total = max(seen.sharing.replicas if seen.sharing is not None else 0, used)
