@@ -21,7 +21,10 @@ from meshctl.adapters.kubernetes.lease import Lease
 from meshctl.adapters.kubernetes.source import KubernetesSource
 from meshctl.adapters.kubernetes.status import KubernetesStatus
 from meshctl.adapters.kubernetes.store import ClusterObjects
+from meshctl.api import gpuresources
 from meshctl.controller.config import ClusterConfig
+from meshctl.controller.gpuclaims import GpuTotals
+from meshctl.controller.gpuoperator import WATCHED, GpuOperator
 from meshctl.controller.objectstatus import StatusWriter
 from meshctl.controller.state import State
 from meshctl.core.weights import load_solver
@@ -57,6 +60,8 @@ class ClusterParts:
     reconciled: Callable[[State], None]
     waits: tuple[Callable[[], Awaitable[None]], ...]
     """Changes of the mesh's status, and of who leads."""
+    gpus: Callable[[], GpuTotals]
+    """As of now, from any thread."""
 
 
 @asynccontextmanager
@@ -79,12 +84,17 @@ async def cluster_parts(config: ClusterConfig, clock: Clock) -> AsyncIterator[Cl
             writer.start()
         replicas = ClusterReplicas(lease, writer)
         instance = lease.identity if lease is not None else socket.gethostname()
-        status = StatusWriter(store.reader(), KubernetesStatus(client, instance), replicas.leading, clock)
+        api = KubernetesStatus(client, instance)
+        status = StatusWriter(store.reader(), api, replicas.leading, clock)
         status.start()
         stack.push_async_callback(status.stop)
-        told += [lease.problems, status.problems] if lease is not None else [status.problems]
+        namespace = config.lease.split("/", 1)[0] if config.lease is not None else gpuresources.NAMESPACE
+        gpus = GpuOperator(store.reader(*WATCHED), api, client.get, replicas.leading, clock, namespace=namespace)
+        gpus.start()
+        stack.push_async_callback(gpus.stop)
+        told += [part.problems for part in (lease, status, gpus) if part is not None]
         waits = tuple(part.wait_changed for part in (lease, writer) if part is not None)
-        yield ClusterParts(source, replicas, writer, status.update, waits)
+        yield ClusterParts(source, replicas, writer, status.update, waits, gpus.totals)
 
 
 async def _lease(stack: AsyncExitStack, client: Client, name: str | None) -> Lease | None:

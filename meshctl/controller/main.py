@@ -52,6 +52,7 @@ async def running(config: Config) -> AsyncIterator[Controller]:
             from meshctl.controller.cluster import cluster_parts  # 40 MB that a run without a cluster need not have
 
             parts = await stack.enter_async_context(cluster_parts(config.cluster, clock))
+            metrics.observe_gpus(parts.gpus)
         server = await XdsServer.start(config.xds.host, config.xds.port)
         stack.push_async_callback(server.stop)  # for a start that fails; harmless after the loop's own
         loop = _loop(config, clock, metrics, server, parts)

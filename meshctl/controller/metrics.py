@@ -8,6 +8,7 @@ nothing that a client of the data plane chooses.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
@@ -17,6 +18,9 @@ from prometheus_client.registry import Collector
 
 from meshctl.controller.conditions import newest
 from meshctl.controller.state import State
+
+if TYPE_CHECKING:
+    from meshctl.controller.gpuclaims import GpuTotals
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -49,6 +53,10 @@ class Metrics:
         """Export what `state()` says at each scrape."""
         self.registry.register(_Collector(state))
 
+    def observe_gpus(self, totals: Callable[[], GpuTotals]) -> None:
+        """Export what `totals()` says at each scrape."""
+        self.registry.register(_GpuCollector(totals))
+
     def exposition(self) -> bytes:
         """The text format (`CONTENT_TYPE`). Slow with many routes: call it outside the event loop."""
         return generate_latest(self.registry)
@@ -68,6 +76,29 @@ class _Collector(Collector):
         yield from _route_metrics(state)
         yield _weights(state)
         yield _signal_ages(state)
+
+
+class _GpuCollector(Collector):
+    def __init__(self, totals: Callable[[], GpuTotals]) -> None:
+        self._totals = totals
+
+    def describe(self) -> list[Metric]:
+        """Nothing known in advance; this also keeps registration from collecting."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        totals = self._totals()
+        slots = GaugeMetricFamily("meshctl_gpu_slots", "Slots of GPUs, by state.", labels=["resource", "state"])
+        gpus = GaugeMetricFamily("meshctl_gpus", "GPUs, by the status of their condition Healthy.", labels=["healthy"])
+        policies = GaugeMetricFamily(
+            "meshctl_gpu_policies", "GPUSharingPolicies, by condition.", labels=["condition", "status"]
+        )
+        for family, found in ((slots, totals.slots), (policies, totals.policies)):
+            for pair, number in sorted(found.items()):
+                family.add_metric(list(pair), number)
+        for healthy, number in sorted(totals.gpus.items()):
+            gpus.add_metric([healthy], number)
+        yield from (slots, gpus, policies)
 
 
 def _controller_metrics(state: State) -> Iterator[Metric]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from meshctl.ports import KubeObject
+from tests.harness.gpus import gpu_object
 
 NAMESPACE = "default"
 
@@ -53,11 +54,8 @@ def served(value: dict[str, Any], namespace: str = NAMESPACE) -> KubeObject:
     return {**value, "metadata": {"namespace": namespace, **value["metadata"]}}
 
 
-def gpu(name: str, node: str, product: str, *pods: str, **status: Any) -> dict[str, Any]:
-    """A GPU object as its node's agent writes it; each pod (``namespace/name``) holds one slot."""
-    holders = [
-        {"namespace": pod.partition("/")[0], "pod": pod.partition("/")[2], "container": "server", "slots": [slot]}
-        for slot, pod in enumerate(pods)
-    ]
-    value = kube("GPU", name.lower(), namespace="", spec={"node": node, "uuid": name})
-    return {**value, "apiVersion": "meshctl.io/v1alpha1", "status": {"product": product, "holders": holders, **status}}
+def gpu(uuid: str, node: str, product: str, *pods: str, **status: Any) -> dict[str, Any]:
+    """A GPU object of which each pod (``namespace/name``) holds one slot."""
+    names = [pod.partition("/") for pod in pods]
+    held = [(namespace, name, "server", [slot]) for slot, (namespace, _, name) in enumerate(names)]
+    return gpu_object(node, uuid, held=held, product=product, **status)
