@@ -214,5 +214,4 @@ class Ticket:
     admitted: bool = False
     """The kubelet has acknowledged the pod: what its containers were to get, they have."""
     peak: int = 0
-    """Slots that the GPU of an init container's slots must have for the pod's later containers to follow it there; 0: as
-    many as it asks for itself."""
+    """Slots that the pod may come to have of the same GPU: an init container's stay with those that follow it."""
