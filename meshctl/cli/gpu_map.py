@@ -265,11 +265,11 @@ def _notes(gpu: GPU, now: datetime) -> Iterator[tuple[str, str]]:
     if status is None:
         yield "its agent has said nothing of it yet", "yellow"
         return
-    for condition in status.conditions or ():
-        if condition.status == "False" and condition.type in _FAILED:
-            words = f": {condition.message}" if condition.message else ""
-            yield f"{_FAILED[condition.type]} ({condition.reason}){words}", "red" if condition.type == "Healthy" else ""
-    if status.mps and status.mps.message:
+    failed = [one for one in status.conditions or () if one.status == "False" and one.type in _FAILED]
+    for one in failed:
+        words = f": {one.message}" if one.message else ""
+        yield f"{_FAILED[one.type]} ({one.reason}){words}", "red" if one.type == "Healthy" else ""
+    if status.mps and status.mps.message and not any(status.mps.message in one.message for one in failed):
         yield f"MPS {status.mps.state}: {status.mps.message}", "yellow"
     if status.tenant:
         yield f"only for namespace {status.tenant}, as long as its pods are on it", "dim"

@@ -1,0 +1,111 @@
+"""`meshctl gpu map` on a real API server, and on an agent's admin API."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import orjson
+import pytest
+from aiohttp import web
+from typer.testing import CliRunner
+
+from meshctl.cli.app import app
+from meshctl.errors import InputError, MeshctlError, RefusedError
+from tests.cluster.cluster import Cluster
+from tests.harness.gpus import gpu_object
+from tests.harness.tools import completed
+
+pytestmark = pytest.mark.cluster
+NODE = f"map-{os.urandom(4).hex()}"
+UUIDS = (f"GPU-{NODE}-a", f"GPU-{NODE}-b")
+OBJECTS = (
+    gpu_object(NODE, UUIDS[0], 4, [("serving", "resnet", "server", [0, 1]), ("serving", "bert", "server", [2])]),
+    gpu_object(NODE, UUIDS[1], 4, [("research", "train", "main", [3])]),
+)
+
+
+@pytest.fixture(scope="module")
+def written(cluster: Cluster) -> Iterator[Cluster]:
+    """A cluster with two GPU objects of a node of their own."""
+    stdin = "\n---\n".join(orjson.dumps(data).decode() for data in OBJECTS)
+    cluster.kubectl_now("create", "--filename=-", stdin=stdin)
+    for data in OBJECTS:
+        patch = orjson.dumps({"status": data["status"]}).decode()
+        name = data["metadata"]["name"]
+        cluster.kubectl_now("patch", "gpu", name, "--subresource=status", "--type=merge", f"--patch={patch}")
+    yield cluster
+    cluster.kubectl_now("delete", "gpu", *(data["metadata"]["name"] for data in OBJECTS))
+
+
+def run(*arguments: object) -> str:
+    """What `meshctl gpu map` prints. Raises what it raises."""
+    result = CliRunner().invoke(app, ["gpu", "map", *map(str, arguments)])
+    if isinstance(result.exception, MeshctlError):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_map_shows_what_the_api_server_has(written: Cluster) -> None:
+    """As text, and as the objects themselves for programs."""
+    options = ("--kubeconfig", written.kubeconfig, "--node", NODE)
+    text = run(*options)
+    assert f"{NODE}  hpe.com/gpus 4 of 8 used, 4 free, but at most 3 on one GPU" in text
+    assert "AAB·" in text
+    assert "···C" in text
+    assert "serving/resnet[server]" in text
+    objects = orjson.loads(run(*options, "-o", "json"))
+    assert [one["spec"]["uuid"] for one in objects] == list(UUIDS)
+    assert [one["status"]["slots"]["free"] for one in objects] == [1, 3]
+    assert "uuid: " + UUIDS[0] in run(*options, "-o", "yaml")
+
+
+def test_node_without_gpus_is_the_callers_mistake(written: Cluster) -> None:
+    """The nodes that have some are named."""
+    with pytest.raises(InputError, match=rf"no GPU objects of node nowhere; nodes that have some: .*{NODE}"):
+        run("--kubeconfig", written.kubeconfig, "--node", "nowhere")
+
+
+async def test_who_may_not_see_gpus_is_told_so(written: Cluster) -> None:
+    """In the API server's words."""
+    namespace = await written.namespace("map")
+    kubeconfig = await written.kubeconfig_for(f"{namespace}/default")
+    with pytest.raises(RefusedError, match=r"403 Forbidden: .* cannot list resource \"gpus\""):
+        await completed(run, "--kubeconfig", kubeconfig)
+
+
+@pytest.fixture
+async def agent() -> AsyncIterator[str]:
+    """The address of something that answers as an agent's admin API does."""
+
+    async def gpus(_: web.Request) -> web.Response:
+        return web.json_response(list(OBJECTS))
+
+    served = web.Application()
+    served.router.add_get("/api/v1/gpus", gpus)
+    runner = web.AppRunner(served)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    address: Any = runner.addresses[0]
+    yield f"127.0.0.1:{address[1]}"
+    await runner.cleanup()
+
+
+async def test_agent_is_asked_where_there_is_no_cluster(agent: str) -> None:
+    """The same map, from one node."""
+    text = await completed(run, "--agent", agent)
+    assert f"{NODE}  hpe.com/gpus 4 of 8 used" in text
+
+
+async def test_what_is_no_agent_is_said_to_be_none(agent: str) -> None:
+    """Nobody there, something else there, and options that contradict each other."""
+    with pytest.raises(MeshctlError, match=r"cannot reach the agent at http://127\.0\.0\.1:1: .*is `meshctl agent` up"):
+        await completed(run, "--agent", "127.0.0.1:1")
+    with pytest.raises(MeshctlError, match=r"did not answer as a meshctl agent of this version; is --agent right\?"):
+        await completed(run, "--agent", f"http://{agent}/elsewhere")
+    with pytest.raises(InputError, match="give one of them"):
+        await asyncio.to_thread(run, "--agent", agent, "--kubeconfig", "x")
