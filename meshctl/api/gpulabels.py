@@ -65,12 +65,6 @@ def product(text: str) -> str:
     return name if _PRODUCT.fullmatch(name) and not name.endswith("-MIG-INVALID") else ""
 
 
-def comparable(name: str) -> str:
-    """The form in which two names of one product are equal: NVML writes ``NVIDIA H200``, GPU discovery ``NVIDIA-H200``,
-    and people ``H200``. Case counts."""
-    return hyphened(name).removeprefix("NVIDIA-")
-
-
 def hyphened(name: str) -> str:
     """NVML's name of a product as GPU discovery writes it into a node's label."""
     return "-".join(name.split())

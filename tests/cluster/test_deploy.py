@@ -11,7 +11,8 @@ import pytest
 import typer
 from ruamel.yaml import YAML
 
-from meshctl.adapters.kubernetes.kinds import ISTIO, KINDS, MANDATORY, OPTIONAL
+from meshctl.adapters.kubernetes.kinds import GPUS, ISTIO, KINDS, MANDATORY, OPTIONAL
+from meshctl.api.gpuresources import NAME
 from meshctl.cli.app import app
 from tests.cluster.cluster import Cluster, KubectlError
 
@@ -26,6 +27,9 @@ NEEDED: dict[str, set[str]] = {
     "modelprofiles.meshctl.io": WATCH,
     "modelroutes/status.meshctl.io": {"patch"},
     "modelprofiles/status.meshctl.io": {"patch"},
+    "gpusharingpolicies.meshctl.io": WATCH,
+    "gpusharingpolicies/status.meshctl.io": {"patch"},
+    "gpus.meshctl.io": WATCH,
     "services": WATCH,
     "pods": WATCH,
     "nodes": WATCH,
@@ -47,8 +51,8 @@ AGENT_NEEDED: dict[str, set[str]] = {
     "nodes": WATCH,
     "events.events.k8s.io": {"create"},
 }
-LEASES = {"leases.coordination.k8s.io": {"create", "get", "update"}}
-"""In its own namespace, on top; all but create only on the one called meshctl."""
+OWN = {"leases.coordination.k8s.io": {"create", "get", "update"}, "configmaps": {"get", "create", "patch"}}
+"""In its own namespace, on top; but for the Lease's create only on those of one name."""
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +89,9 @@ async def test_its_account_may_do_what_is_needed_and_nothing_else(deployed: str,
     elsewhere = await cluster.namespace()
     every = await _allowed(cluster, await cluster.kubeconfig_for(f"{elsewhere}/default"), elsewhere)
     ours = await cluster.kubeconfig_for(ACCOUNT)
-    assert not every.keys() & {*NEEDED, *LEASES}
+    assert not every.keys() & {*NEEDED, *OWN}
     assert await _allowed(cluster, ours, elsewhere) == {**NEEDED, **every}
-    assert await _allowed(cluster, ours, NAMESPACE) == {**NEEDED, **LEASES, **every}
+    assert await _allowed(cluster, ours, NAMESPACE) == {**NEEDED, **OWN, **every}
 
 
 async def test_agents_apply_and_their_pods_are_let_in(agents: str, cluster: Cluster) -> None:
@@ -126,6 +130,7 @@ async def test_first_policy_is_taken(deployed: str, cluster: Cluster) -> None:
         ("annotate", "namespace", "default", "a=b"),
         ("get", "lease", "other", f"--namespace={NAMESPACE}"),
         ("get", "lease", "meshctl", "--namespace=default"),
+        ("get", "configmap", "meshctl-config", f"--namespace={NAMESPACE}"),
     ],
     ids=lambda arguments: " ".join(arguments[:2]),
 )
@@ -142,9 +147,20 @@ async def test_its_lease_may_be_read(deployed: str, cluster: Cluster) -> None:
     await cluster.kubectl(*command, kubeconfig=await cluster.kubeconfig_for(ACCOUNT))
 
 
+async def test_its_config_map_may_be_made(deployed: str, cluster: Cluster) -> None:
+    """By server-side apply, which is a patch that creates: limited to the name all the same."""
+    wanted = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": NAME, "namespace": NAMESPACE}}
+    kubeconfig = await cluster.kubeconfig_for(ACCOUNT)
+    command = ("apply", "--server-side", "--dry-run=server", "--filename=-")
+    await cluster.kubectl(*command, stdin=orjson.dumps(wanted).decode(), kubeconfig=kubeconfig)
+    other = {**wanted, "metadata": {"name": "other", "namespace": NAMESPACE}}
+    with pytest.raises(KubectlError, match="orbidden"):
+        await cluster.kubectl(*command, stdin=orjson.dumps(other).decode(), kubeconfig=kubeconfig)
+
+
 def test_everything_that_is_watched_may_be_watched() -> None:
     """A new kind in the store must come into deploy/rbac.yaml (and into the table here)."""
-    assert all(NEEDED[KINDS[name].resource] >= WATCH for name in (*MANDATORY, *OPTIONAL, *ISTIO))
+    assert all(NEEDED[KINDS[name].resource] >= WATCH for name in (*MANDATORY, *OPTIONAL, *GPUS, *ISTIO))
 
 
 def test_the_container_starts_meshctl_with_options_that_it_has() -> None:
