@@ -387,7 +387,10 @@ class Agent:
         return self.node.saved(self._now_s())
 
     async def _save(self) -> None:
-        """Raises OSError."""
+        """Raises OSError. A kubelet that hangs up cancels its Allocate, but not a write that has begun."""
+        await asyncio.shield(asyncio.create_task(self._write(), name="write state"))
+
+    async def _write(self) -> None:
         async with self._saving:
             state, now_s = self.node.saved(self._now_s()), self._now_s()
             await asyncio.to_thread(self.parts.checkpoint.save, state, now_s)

@@ -135,7 +135,7 @@ async def _agent(config: Config) -> AsyncIterator[tuple[Agent, Callable[[], None
         await admin.start(config.admin)
         stack.push_async_callback(admin.stop)
         log.info("serving", node=config.node, gpus=len(node.cards), admin=str(admin.address))
-        yield agent, (lambda: publisher.update(agent.objects())) if publisher is not None else _nobody
+        yield agent, (lambda: publisher.update({str(one["spec"]["uuid"]): one for one in agent.objects()})) if publisher is not None else _nobody
 
 
 def _nobody() -> None:
@@ -154,6 +154,6 @@ async def _world(config: Config, stack: AsyncExitStack) -> tuple[World, GpuPubli
     stack.push_async_callback(view.stop)
     await view.start(CLUSTER_S)
     publisher = GpuPublisher(client, config.node)
-    publisher.start()
+    await publisher.start()
     stack.push_async_callback(publisher.stop)
     return view, publisher

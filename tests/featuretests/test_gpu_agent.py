@@ -1,0 +1,56 @@
+"""The agent as a process, without a cluster: a kubelet's protocol, an inventory file and a policy file."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from meshctl.sharing import RESOURCE, Owner, Slot
+from tests.harness.agent import AgentProcess, inventory, policies
+from tests.harness.fake_kubelet import FakeKubelet
+from tests.harness.tools import until
+
+SLICED = {"mode": "TimeSlicing", "replicas": 4}
+A = Owner("team", "a", "main")
+
+
+@pytest.fixture
+async def kubelet(tmp_path: Path) -> AsyncIterator[FakeKubelet]:
+    async with FakeKubelet(tmp_path / "kubelet") as kubelet:
+        yield kubelet
+
+
+def _agent(tmp_path: Path, kubelet: FakeKubelet, *options: str | Path) -> AgentProcess:
+    return AgentProcess(
+        tmp_path / "agent",
+        kubelet.plugin_dir,
+        kubelet.pod_resources,
+        f"--inventory=file:{tmp_path / 'gpus.json'}",
+        f"--policy={tmp_path / 'policies.yaml'}",
+        *options,
+    )
+
+
+async def test_gpus_are_slots_of_the_kubelets(tmp_path: Path, kubelet: FakeKubelet) -> None:
+    """Two GPUs of four slots are eight devices; a container gets its slots on one GPU, and people see the holder."""
+    inventory(tmp_path, "GPU-1", "GPU-2")
+    policies(tmp_path, default=SLICED)
+    async with _agent(tmp_path, kubelet) as agent:
+        await kubelet.has(RESOURCE, 8)
+        answer = await kubelet.admit(A, RESOURCE, 3)
+        slots = [Slot.parse(text) for text in kubelet.held[A, RESOURCE]]
+        assert len({slot.uuid for slot in slots}) == 1
+        assert answer.envs["NVIDIA_VISIBLE_DEVICES"] == slots[0].uuid
+        await kubelet.start_container(A, RESOURCE)
+
+        async def told() -> bool:
+            return bool(agent.gpus()[slots[0].uuid].get("holders"))
+
+        await until(told, "the holder is told of")
+        assert agent.gpus()[slots[0].uuid]["holders"] == [
+            {"namespace": "team", "pod": "a", "container": "main", "slots": sorted(slot.number for slot in slots)}
+        ]
+        assert agent.gpus()[slots[0].uuid]["summary"] == "3/4"
+        assert agent.memory_mib < 100
