@@ -163,7 +163,7 @@ def test_a_long_name_of_a_node_is_a_label_of_its_own() -> None:
     assert node_label(long)[-1].isalnum()
 
 
-# --------------------------------------------------------------------------------------------------- the condition Shared
+# ---------------------------------------------------------------------------------------------------- condition Shared
 
 
 def test_a_gpu_without_a_policy_says_so() -> None:
