@@ -233,9 +233,11 @@ class _Endpoint:
 
     async def close(self) -> None:
         """Waits a moment for calls under way, then ends the streams and removes the socket."""
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), STOP_GRACE_S)
-        await self._server.stop(None)
+        try:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._idle.wait(), STOP_GRACE_S)
+        finally:
+            await self._server.stop(None)
 
     @property
     def there(self) -> bool:
