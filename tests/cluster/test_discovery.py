@@ -16,6 +16,7 @@ from meshctl.adapters.kubernetes.store import ClusterObjects
 from meshctl.model import DesiredRoute, RouteId
 from meshctl.ports import Desired
 from tests.cluster.cluster import Cluster
+from tests.harness.cluster_objects import gpu
 from tests.harness.manifests import profile, route
 from tests.harness.tools import DEADLINE_S
 
@@ -109,6 +110,17 @@ async def test_pods_become_endpoints(cluster: Cluster) -> None:
 
         product = "meshctl.io/gpu-product=Tesla V100-SXM2-16GB"
         await cluster.kubectl("annotate", "pod", "t-1", "--namespace", namespace, product)
+        await until(source, llm, lambda r: r.endpoints[1].gpu == "Tesla V100-SXM2-16GB")
+
+        held = gpu(f"GPU-{namespace}", node, "NVIDIA H200", f"{namespace}/t-1")
+        await cluster.apply({name: value for name, value in held.items() if name != "status"})
+        status = orjson.dumps({"status": held["status"]}).decode()
+        name = held["metadata"]["name"]
+        await cluster.kubectl("patch", "gpu", name, "--subresource=status", "--type=merge", f"--patch={status}")
+        desired = await until(source, llm, lambda r: r.endpoints[1].gpu == "NVIDIA-H200")
+        assert desired.routes[llm].endpoints[1].gpu_uuid == f"GPU-{namespace}"
+        assert desired.routes[llm].endpoints[0] == first
+        await cluster.kubectl("delete", "gpu", name)
         await until(source, llm, lambda r: r.endpoints[1].gpu == "Tesla V100-SXM2-16GB")
 
         await cluster.kubectl("delete", "pod", "t-1", "--namespace", namespace, "--wait=false")

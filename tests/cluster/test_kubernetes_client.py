@@ -10,7 +10,8 @@ import pytest
 
 from meshctl.adapters.kubernetes.client import Client, connect
 from meshctl.adapters.kubernetes.faults import AbsentError, ChangedError, ExistsError, ExpiredError, ForbiddenError
-from meshctl.adapters.kubernetes.kinds import KINDS, MANDATORY
+from meshctl.adapters.kubernetes.kinds import GPUS, KINDS, MANDATORY
+from meshctl.adapters.kubernetes.reflector import Pace
 from meshctl.adapters.kubernetes.store import ClusterObjects
 from meshctl.errors import FieldConflictError, RefusedError, UnavailableError
 from meshctl.ports import KubeObject, ObjectKey
@@ -189,6 +190,34 @@ async def test_the_store_reads_what_it_wrote(proxy: ApiProxy, namespace: str) ->
             await store.stop()
 
 
+async def test_a_cluster_without_the_crds_of_gpu_sharing_is_no_problem(proxy: ApiProxy, namespace: str) -> None:
+    """The store starts, says nothing of it to people, and knows the kinds when they come."""
+    for kind in GPUS:
+        proxy.answer(f"list {KINDS[kind].plural}", 404)
+    async with connect(proxy.kubeconfig) as client:
+        store = ClusterObjects(client, namespaces=(namespace,), pace=Pace(refused_s=0.1))
+        missing: list[str] = []
+        problems: list[str] = []
+
+        def hear(key: ObjectKey | None) -> None:
+            if key is None:
+                missing.extend(store.missing(kind) for kind in GPUS)
+                problems.extend(problem.message for problem in store.problems())
+
+        store.listen(hear)
+        try:
+            await store.start(DEADLINE_S)
+            reader = store.reader()
+            async with asyncio.timeout(DEADLINE_S):
+                while any(store.missing(kind) for kind in GPUS):
+                    await reader.wait_changed()
+        finally:
+            await store.stop()
+    absent = [f"is the CRD of {KINDS[kind].resource} installed?" for kind in GPUS]
+    assert all(any(words in why for why in missing) for words in absent)
+    assert not any(words in why for why in problems for words in absent)
+
+
 async def test_the_store_starts_without_what_is_optional(cluster: Cluster, namespace: str) -> None:
     """Nodes and Istio's kinds that may not be listed are problems in words; a kind that is needed is waited for."""
     mine = await cluster.kubeconfig_for(f"{namespace}/default")
@@ -204,5 +233,9 @@ async def test_the_store_starts_without_what_is_optional(cluster: Cluster, names
         store = ClusterObjects(client, namespaces=(namespace,))
         await store.start(DEADLINE_S)
         await store.stop()
-        assert ["nodes" in problem.message for problem in store.problems()] == [True]
+        assert [problem.where.split()[-1] for problem in store.problems()] == [
+            "nodes",
+            "gpus.meshctl.io",
+            "gpusharingpolicies.meshctl.io",
+        ]
         assert "(grant get, list and watch on nodes)" in store.missing("Node")
