@@ -193,7 +193,7 @@ async def test_the_store_reads_what_it_wrote(proxy: ApiProxy, namespace: str) ->
 async def test_a_cluster_without_the_crds_of_gpu_sharing_is_no_problem(proxy: ApiProxy, namespace: str) -> None:
     """The store starts, says nothing of it to people, and knows the kinds when they come."""
     for kind in GPUS:
-        proxy.answer(f"list {KINDS[kind].plural}", 404)
+        proxy.answer(f"LIST {KINDS[kind].plural}", 404)
     async with connect(proxy.kubeconfig) as client:
         store = ClusterObjects(client, namespaces=(namespace,), pace=Pace(refused_s=0.1))
         missing: list[str] = []
