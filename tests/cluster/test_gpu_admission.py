@@ -21,16 +21,16 @@ from meshctl.api import gpuresources
 from meshctl.api.allocation import ALLOCATION
 from meshctl.api.gpulabels import GPU_PRODUCT, GPU_UUID
 from meshctl.sharing import RESOURCE
-from tests.cluster.cluster import Cluster
+from tests.cluster.cluster import Cluster, KubectlError
 from tests.cluster.verdicts import Server, asking
-from tests.harness.tools import until
+from tests.harness.tools import completed, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
 POLICIES = Path(__file__).parents[2] / "deploy" / "admission.yaml"
 OTHER = "example.com/slices"
 """A resource that only the ConfigMap knows."""
 EXTRA = "Impersonate-Extra-authentication.kubernetes.io%2Fnode-name"
-AGENT = "system:serviceaccount:meshctl-system:meshctl-agent"
+AGENT = "system:serviceaccount:meshctl-agent:meshctl-agent"
 FORGED = '{"version": 1, "containers": [{"name": "main", "gpus": {"GPU-1": 1}}]}'
 Change = Callable[[dict[str, Any]], object]
 
@@ -344,3 +344,21 @@ async def test_an_agent_writes_the_gpus_of_its_own_node(cluster: Cluster, admiss
     assert "of node n2" in await admission.deleted_gpu(other, **agent)
     for name in (own, other):
         await cluster.kubectl("delete", "gpu", name)
+
+
+async def test_an_agents_token_says_its_node(cluster: Cluster, admission: Admission) -> None:
+    """As the API server signs it, not only as somebody claims; a token that is bound to no node writes nothing."""
+    node, account = f"node-{admission.namespace}", f"{admission.namespace}/meshctl-agent"
+    await cluster.kubectl("create", "serviceaccount", "meshctl-agent", "--namespace", admission.namespace)
+    role = ("--clusterrole=cluster-admin", f"--serviceaccount={account.replace('/', ':')}")
+    await cluster.kubectl("create", "clusterrolebinding", admission.namespace, *role)
+    await cluster.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}})
+    name = f"gpu-3.{admission.namespace}"
+    metadata = {"name": name, "labels": {"of": admission.namespace}}
+    gpu = {"apiVersion": "meshctl.io/v1alpha1", "kind": "GPU", "metadata": metadata}
+    gpu["spec"] = {"node": node, "uuid": name.upper()}
+    with pytest.raises(KubectlError, match="names no node"):
+        await cluster.apply(gpu, kubeconfig=await cluster.kubeconfig_for(account))
+    await cluster.apply(gpu, kubeconfig=await completed(cluster.kubeconfig_bound, account, node))
+    for thing in (("gpu", name), ("node", node), ("clusterrolebinding", admission.namespace)):
+        await cluster.kubectl("delete", *thing)
