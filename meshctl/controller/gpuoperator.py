@@ -20,9 +20,11 @@ from typing import Any, NamedTuple
 
 import structlog
 
+from deviceplugin.policies import Policy
 from meshctl.api import gpuresources
 from meshctl.controller.gpuclaims import (
     KIND,
+    Claim,
     GpuTotals,
     Read,
     cards_of,
@@ -79,6 +81,33 @@ class _Unsent(NamedTuple):
     notice: Notice
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What one copy of the objects comes to."""
+
+    reads: Mapping[ObjectKey, Read]
+    valid: Mapping[str, Policy]
+    claims: Sequence[Claim]
+    statuses: Mapping[str, Mapping[str, Any]]
+    totals: GpuTotals
+
+    def limits(self, before: Mapping[str, int]) -> dict[str, int]:
+        return limits(self.claims, self.valid, before)
+
+
+def _found(
+    copy: Mapping[str, Mapping[ObjectKey, KubeObject]], before: Mapping[ObjectKey, Read], now: datetime
+) -> _Found:
+    """In a thread: objects are never changed in place."""
+    reads = {key: read_policy(value, before.get(key)) for key, value in sorted(copy[KIND].items())}
+    valid = {read.name: read.policy for read in reads.values() if read.policy is not None}
+    nodes = labels_of(copy["Node"])
+    cards = cards_of(copy["GPU"].values())
+    claims = claims_of(cards, nodes, valid.values())
+    said = statuses(reads.values(), claims, nodes, now)
+    return _Found(reads, valid, claims, said, totals(cards, said.values()))
+
+
 class GpuOperator:
     """`start` and `stop` as a part of the controller; `totals` and `problems` at any time."""
 
@@ -96,7 +125,7 @@ class GpuOperator:
         """`objects`: woken by `WATCHED`. `namespace`: of the ConfigMap."""
         self._objects, self._api, self._leading, self._clock, self._wall = objects, api, leading, clock, wall
         self._resources = _Resources(objects, read, namespace, clock)
-        self._reads: dict[ObjectKey, Read] = {}
+        self._reads: Mapping[ObjectKey, Read] = {}
         self._known: dict[str, _Known] = {}
         self._unsent: deque[_Unsent] = deque(maxlen=UNSENT)
         self._failures: dict[str, Problem] = {}
@@ -124,25 +153,18 @@ class GpuOperator:
         """Once: take in what the copy says and, when leading, write what differs."""
         if any(self._objects.missing(kind) for kind in WATCHED):
             return
-        policies = self._objects.every(KIND)
-        self._reads = {key: read_policy(value, self._reads.get(key)) for key, value in sorted(policies.items())}
-        reads = tuple(self._reads.values())
-        valid = {read.name: read.policy for read in reads if read.policy is not None}
-        nodes = labels_of(self._objects.every("Node"))
-        cards = cards_of(self._objects.every("GPU").values())
-        claims = claims_of(cards, nodes, valid.values())
-        said = statuses(reads, claims, nodes, self._wall())
-        self._totals = totals(cards, said.values())
+        copy = {kind: dict(self._objects.every(kind)) for kind in WATCHED}
+        found = await asyncio.to_thread(_found, copy, self._reads, self._wall())  # 40 ms with 2000 GPUs, 20 policies
+        self._reads, self._totals = found.reads, found.totals
         if not self._leading():
             self._unsent.clear()
             self._failures.clear()
             self._resources.forget()
             return
         try:
-            await self._tell(reads, said)
+            await self._tell(tuple(found.reads.values()), found.statuses)
             if self._leading():
-                keep = self._resources.keep(lambda told: limits(claims, valid, told))
-                await self._send(RESOURCES, keep)
+                await self._send(RESOURCES, self._resources.keep(found.limits))
             self._failures.pop(_AWAY, None)
         except (UnavailableError, TimeoutError) as away:
             message = f"what is said of GPUSharingPolicies waits: {away or 'no answer in time'}"
