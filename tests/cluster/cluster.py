@@ -196,6 +196,15 @@ class Cluster(Processes):
         self._write_kubeconfig(path, name, token.strip(), namespace)
         return path
 
+    def kubeconfig_bound(self, account: str, node: str) -> Path:
+        """Likewise, of a pod of that account on `node`: the token says so. Without an event loop."""
+        namespace, _, name = account.partition("/")
+        bound = ("--bound-object-kind=Node", f"--bound-object-name={node}")
+        token = self.kubectl_now("create", "token", name, "--namespace", namespace, *bound)
+        path = self.directory / f"{namespace}.{name}.{node}.kubeconfig"
+        self._write_kubeconfig(path, name, token.strip(), namespace)
+        return path
+
     async def stop_apiserver(self, number: signal.Signals = signal.SIGKILL) -> None:
         """Connections end and are refused from here on; the data stay. Asked kindly, it would wait for its watchers."""
         await self.apiserver.end(number)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.cluster.cluster import Cluster
+from tests.cluster.gpunode import GpuNode
+from tests.cluster.node import require_node
 
 
 @pytest.fixture(scope="session")
@@ -18,5 +20,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     there: a controller under test watches the test's namespace alone.
     """
     shared = Cluster(tmp_path_factory.mktemp("cluster"), istio=True, gateways=2).up()
+    yield shared
+    shared.down()
+
+
+@pytest.fixture(scope="session")
+def gpu_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GpuNode]:
+    """A node with GPUs and an agent, up once for the session; see `GpuNode` for what a test leaves as it was."""
+    require_node()
+    shared = GpuNode(tmp_path_factory.mktemp("gpus")).up()
     yield shared
     shared.down()
