@@ -221,12 +221,29 @@ async def test_other_pods_are_let_in(admission: Admission, value: dict[str, Any]
 async def test_more_slots_than_there_are_is_refused(admission: Admission) -> None:
     """By container, in limits alone (the API server wants equal requests); a peak of an init container too."""
     said = await admission.pod(pod(slots=11))
-    assert f"container main asks for 11 {RESOURCE} (at most 10 are on one GPU): ask for fewer, or let" in said
+    assert f"container main asks for 11 {RESOURCE} (one container can get at most 10): ask for fewer, or let" in said
     first = pod(slots=11)["spec"]["containers"]
     value = pod()
     value["spec"]["initContainers"] = [{**first[0], "name": "first"}]
     assert "container first asks for 11" in await admission.pod(value)
     assert "main asks for 2k" in await admission.pod(pod(slots=2000))
+
+
+async def test_half_a_slot_is_refused(admission: Admission) -> None:
+    """By Kubernetes itself; the policies do not stumble over it."""
+    half = pod()
+    half["spec"]["containers"][0]["resources"]["limits"][RESOURCE] = "500m"
+    assert "must be an integer" in await admission.pod(half)
+
+
+async def test_a_large_pod_is_judged_too(admission: Admission) -> None:
+    """20 containers of 200 variables stay within what the API server spends on an expression; one mistake is found."""
+    large = pod()
+    more = [{"name": f"V{index}", "value": "x" * 20} for index in range(200)]
+    large["spec"]["containers"] += [{"name": f"c{index}", "image": "i", "env": more} for index in range(19)]
+    assert await admission.pod(large) == ""
+    more.append({"name": "CUDA_MPS_LOG_DIRECTORY", "value": "/l"})
+    assert "container c0 sets CUDA_MPS_LOG_DIRECTORY; container c1" in await admission.pod(large)
 
 
 async def test_19_a_forged_allocation_annotation_is_refused(admission: Admission) -> None:

@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from meshctl.api.base import validated
 from meshctl.api.document import parse
+from meshctl.api.gpusharingpolicy import GPUSharingPolicy
 from meshctl.api.modelprofile import ModelProfile
 from meshctl.api.modelroute import ModelRoute
-from meshctl.api.objects import read_manifest
+from meshctl.api.objects import Object, read_manifest
 from meshctl.api.units import DURATION_LENGTH, DURATION_PATTERN, format_duration, parse_duration
-from tests.harness.manifests import profile, route, text
+from tests.harness.manifests import profile, route, sharing_policy, text
 
 DAY_NS = 24 * 3600 * 10**9
 nanoseconds = st.integers(0, DAY_NS)
@@ -82,6 +83,26 @@ def profiles(draw: st.DrawFn) -> dict[str, Any]:
     return profile(service={"points": dict(draw(st.permutations(list(points.items()))))})
 
 
+@st.composite
+def sharing_policies(draw: st.DrawFn) -> dict[str, Any]:
+    """Valid GPUSharingPolicies of the three modes."""
+    mode = draw(st.sampled_from(["MPS", "TimeSlicing", "Exclusive"]))
+    most = {"MPS": 60, "TimeSlicing": 100, "Exclusive": 1}[mode]
+    xids = st.lists(st.integers(1, 1000), max_size=5, unique=True)
+    return sharing_policy(
+        draw(names),
+        mode=mode,
+        replicas=draw(st.integers(1, most)),
+        nodeSelector=draw(st.dictionaries(names, names, max_size=3)),
+        products=draw(st.lists(st.sampled_from(["T4", "Tesla V100-SXM2-16GB", "A100"]), max_size=3, unique=True)),
+        resourceName=draw(st.sampled_from(["hpe.com/gpus", "a/B_c"])),
+        isolation=draw(st.sampled_from(["None", "Tenant"])),
+        severalGPUs=mode != "MPS" and draw(st.booleans()),
+        mps={"oversubscription": draw(st.floats(1, 16))},
+        health={"ignoredXIDs": draw(xids), "criticalXIDs": draw(xids), "recoverAfter": draw(durations)},
+    )
+
+
 @given(nanoseconds)
 def test_duration_is_read_back_exactly(ns: int) -> None:
     """Every whole number of nanoseconds up to a day survives, in a form the CRD's pattern takes."""
@@ -101,8 +122,14 @@ def test_text_is_a_duration_or_an_explanation(value: str) -> None:
     assert 0 <= seconds <= 24 * 3600
 
 
-@given(st.one_of(routes().map(lambda r: (ModelRoute, r)), profiles().map(lambda p: (ModelProfile, p))))
-def test_object_written_as_yaml_is_read_back(case: tuple[type[ModelRoute | ModelProfile], dict[str, Any]]) -> None:
+@given(
+    st.one_of(
+        routes().map(lambda r: (ModelRoute, r)),
+        profiles().map(lambda p: (ModelProfile, p)),
+        sharing_policies().map(lambda p: (GPUSharingPolicy, p)),
+    )
+)
+def test_object_written_as_yaml_is_read_back(case: tuple[type[Object], dict[str, Any]]) -> None:
     """Model -> YAML -> model is the same model, defaults written out or not."""
     model, data = case
     first = validated(model, parse(text(data).encode(), "f.yaml")[0])
