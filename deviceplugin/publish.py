@@ -2,11 +2,13 @@
 
 Invariants: what says the same is not written again, but for a heartbeat once a minute, also over a restart of the agent
 (it is compared with the live object); the newest word wins; an API server that is away, slow or refuses costs the agent
-nothing. An object of the same name that is another node's is left alone as long as that node's agent writes it; a card
-that moved is taken over when nobody has written for `SILENT_S`.
+nothing; an object of the same name that is another node's is left alone. That one is a problem with words, and mostly
+ends by itself: of a card that moved the old node's agent deletes the object, and with a Node all its GPU objects go.
 
-Rejected: one task per GPU (16 connections at once to an API server that is just coming back); reading before each write
-(the watched copy is there); trusting our memory instead of the copy (who deletes an object with kubectl gets it again).
+Rejected: to take over what has not been written for a while (an agent that may delete other nodes' objects is one too
+many; clocks differ); one task per GPU (16 connections at once to an API server that is just coming back); reading
+before each write (the watched copy is there); trusting our memory instead of the copy (who deletes an object with
+kubectl gets it again).
 """
 
 from __future__ import annotations
@@ -37,8 +39,8 @@ MANAGER = "meshctl-agent"
 """Field manager of the objects and, on its own, of their status."""
 CONTROLLER = "meshctl.io/agent"
 HEARTBEAT_S = 60.0
-SILENT_S = 3 * HEARTBEAT_S
-"""An object whose heartbeat is older is nobody's."""
+REQUEST_S = 3.0
+"""Of one request with its retries; then the newest word is tried, not this one again."""
 GAP_S = 0.5
 """Between two passes over all objects: what happens meanwhile is one write."""
 NUMBERS_S = 10.0
@@ -85,7 +87,7 @@ class _Unsent(NamedTuple):
 
 
 class OtherNodeError(MeshctlError):
-    """The object of this name is another node's, whose agent lives."""
+    """The object of this name is another node's."""
 
 
 class GpuPublisher:
@@ -101,7 +103,7 @@ class GpuPublisher:
         pace: Pace | None = None,
     ) -> None:
         self._client, self._node, self._wall, self._now_s = client, node, wall, now_s
-        self._api = KubernetesStatus(client, node, manager=MANAGER, controller=CONTROLLER)
+        self._api = KubernetesStatus(client, node, controller=CONTROLLER)
         self._changed = asyncio.Event()
         self._live = Reflector(
             client,
@@ -213,7 +215,8 @@ class GpuPublisher:
     # ------------------------------------------------------------------------------------------------------ one object
 
     async def _delete(self, key: ObjectKey) -> float:
-        await self._client.delete(key, uid=str(self._live.objects[key]["metadata"]["uid"]))
+        uid = str(self._live.objects[key]["metadata"]["uid"])
+        await self._client.delete(key, uid=uid, deadline_s=REQUEST_S)
         log.info("GPU object deleted: the GPU is gone", gpu=key.name)
         return math.inf
 
@@ -231,26 +234,27 @@ class GpuPublisher:
         uid = str(live["metadata"]["uid"])
         identity = {"name": key.name, "uid": uid}  # of another one by this name nothing is written
         body = {"apiVersion": GPU.api_version, "kind": GPU.name, "metadata": identity, "status": status}
-        self._live.wrote(dict(await self._api.apply_status(body)))
+        await self._apply(body, "status")
         known.written_s = self._now_s()
         self._unsent += (_Unsent(key, uid, n) for n in _allowed(known.budget, old, status, known.written_s))
         return HEARTBEAT_S
 
     async def _claim(self, key: ObjectKey) -> None:
-        """Returns when the name is free or ours. Raises OtherNodeError when another node's agent writes the object."""
-        found = await self._client.get(key)
+        """Returns when the name is free or ours. Raises OtherNodeError when the object is another node's."""
+        found = await self._client.get(key, deadline_s=REQUEST_S)
         if found is None or (node := found["spec"]["node"]) == self._node:
             return
-        silent_s = _age_s((found.get("status") or {}).get("heartbeat"), self._wall())
-        if silent_s < SILENT_S:
-            raise OtherNodeError(
-                f"it is on node {node}, whose agent wrote it {silent_s:.0f} s ago: two nodes say they have this GPU"
-            )
-        log.warning("GPU taken over", gpu=key.name, before=node, silent_s=silent_s)
-        await self._client.delete(key, uid=str(found["metadata"]["uid"]))
+        age_s = _age_s((found.get("status") or {}).get("heartbeat"), self._wall())
+        when = f"{age_s:.0f} s ago" if math.isfinite(age_s) else "never"
+        raise OtherNodeError(
+            f"it is of node {node}, whose agent wrote it last {when}; if the card has moved here, delete the object:"
+            f" kubectl delete gpu {key.name}"
+        )
 
-    async def _apply(self, wanted: _Wanted) -> KubeObject:
-        raw = await self._client.apply(wanted, force=True, manager=MANAGER)
+    async def _apply(self, wanted: _Wanted, subresource: str = "") -> KubeObject:
+        raw = await self._client.apply(
+            wanted, force=True, subresource=subresource, manager=MANAGER, deadline_s=REQUEST_S
+        )
         self._live.wrote(raw)
         return raw
 

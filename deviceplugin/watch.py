@@ -20,7 +20,7 @@ from meshctl.adapters.kubernetes.reflector import Pace, Reflector
 from meshctl.api.document import Fault, ManifestError, Place, Severity, read_bounded
 from meshctl.api.gpusharingpolicy import GPUSharingPolicy
 from meshctl.api.objects import Manifest, read_manifest, read_object
-from meshctl.errors import InputError, UnavailableError
+from meshctl.errors import InputError, RefusedError, UnavailableError
 from meshctl.model import Problem
 from meshctl.ports import KubeObject, ObjectKey
 
@@ -183,7 +183,7 @@ class ClusterView:
 
     @property
     def node_uid(self) -> str:
-        """ "" while the Node is not known."""
+        """Empty while the Node is not known."""
         node = self._own_node()
         return "" if node is None else str(node["metadata"]["uid"])
 
@@ -200,7 +200,7 @@ class ClusterView:
         return [value for _, value in sorted(self._pods.objects.items())]
 
     async def fresh_pods(self, deadline_s: float) -> Sequence[KubeObject]:
-        """Of this node, all that the API server knows when it answers. Raises UnavailableError (or RefusedError)."""
+        """Of this node, all that the API server knows when it answers. Raises UnavailableError."""
         found: list[KubeObject] = []
         pages = self._client.pages(POD, field_selector=self._selector, deadline_s=deadline_s)
         try:
@@ -209,6 +209,8 @@ class ClusterView:
                     found += map(POD.kept, page.items)
         except TimeoutError as late:
             raise UnavailableError(f"list pods of node {self._node}: no answer within {deadline_s:g} s") from late
+        except RefusedError as refused:
+            raise UnavailableError(f"pods of node {self._node} are not told: {refused}") from refused
         return sorted(found, key=POD.key)
 
     def problems(self) -> tuple[Problem, ...]:

@@ -16,14 +16,13 @@ _MOST_MESSAGE = 1024
 
 
 class KubernetesStatus:
-    """`instance` names this replica (or node) in Events, for people; `manager` owns the fields of the status."""
+    """`instance` names this replica (or node) in Events, for people."""
 
-    def __init__(self, client: Client, instance: str, *, manager: str = MANAGER, controller: str = CONTROLLER) -> None:
-        self._client, self._instance = client, instance
-        self._manager, self._controller = manager, controller
+    def __init__(self, client: Client, instance: str, *, controller: str = CONTROLLER) -> None:
+        self._client, self._instance, self._controller = client, instance, controller
 
     async def apply_status(self, wanted: KubeObject) -> KubeObject:
-        return await self._client.apply(wanted, subresource="status", manager=self._manager, force=True)
+        return await self._client.apply(wanted, subresource="status", manager=MANAGER, force=True)
 
     async def post_event(self, about: ObjectKey, uid: str, type_: str, reason: str, message: str, action: str) -> None:
         """Posted once: an answer that was lost is not asked for again, so that one event is not told twice.
