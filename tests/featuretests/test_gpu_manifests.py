@@ -1,4 +1,4 @@
-"""GPUSharingPolicies among manifests of routes: `meshctl validate` judges them, the sources of routes pass them over."""
+"""GPUSharingPolicies among manifests of routes: `meshctl validate` judges them, routes' sources pass them over."""
 
 from __future__ import annotations
 

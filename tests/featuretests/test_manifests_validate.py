@@ -83,8 +83,10 @@ def test_same_file_named_twice_is_read_once(tmp_path: Path) -> None:
 
 
 def test_examples_are_valid() -> None:
-    """Every example in the repository is a manifest without even a warning, or a question for solve."""
-    result = run(*sorted(path for path in (ROOT / "examples").iterdir() if path.is_dir()))
+    """Every example in the repository is a manifest without even a warning, a question for solve, or not for us."""
+    others = {"gpu-sharing/gpus.yaml": "an inventory", "gpu-sharing/models.yaml": "Deployments that ask for slots"}
+    paths = sorted((ROOT / "examples").glob("*/*.yaml"))
+    result = run(*(path for path in paths if str(path.relative_to(ROOT / "examples")) not in others))
     assert (result.exit_code, result.stdout) == (0, "")
     for path in sorted((ROOT / "examples").glob("solve*.yaml")):
         assert load_solve_file(path).classes
