@@ -1,26 +1,76 @@
-"""The GPU operator on a real API server: what kubectl shows of a GPUSharingPolicy, and what is written when."""
+"""The GPU operator of `meshctl run` on a real API server: what kubectl shows of a policy, and what is written when."""
 
 from __future__ import annotations
 
-import asyncio
+import signal
 from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Any
 
 import orjson
 import pytest
 
-from meshctl.adapters.kubernetes.client import connect
-from meshctl.adapters.kubernetes.status import KubernetesStatus
-from meshctl.adapters.kubernetes.store import ClusterObjects
-from meshctl.api.gpuresources import NAME
-from meshctl.controller.clock import MonotonicClock
-from meshctl.controller.gpuoperator import WATCHED, GpuOperator
+from meshctl.api.gpuresources import NAME, NAMESPACE
 from tests.cluster.cluster import Cluster
+from tests.cluster.world import ACCOUNT, DEPLOY, LEASE, TICK, problems
+from tests.harness.controller import RunProcess, run_with
 from tests.harness.gpus import gpu_object
 from tests.harness.manifests import sharing_policy
-from tests.harness.tools import DEADLINE_S, until
+from tests.harness.tools import completed, page, until
 
 pytestmark = pytest.mark.cluster
+
+
+async def test_kubectl_tells_how_far_a_policy_is(cluster: Cluster, tmp_path: Path) -> None:
+    """With the rights that deploy/ gives: from a policy whose nodes are not there to one in force, with Events, metrics
+    and the ConfigMap. The next replica writes nothing of it again; a second policy is told that it lost, and why."""
+    name = await cluster.namespace("operator")
+    late, labels, resource = f"{name}-late", {"meshctl.io/test": name}, f"{name}.io/gpus"
+    await cluster.apply(DEPLOY / "namespace.yaml", DEPLOY / "rbac.yaml")
+    account = await cluster.kubeconfig_for(ACCOUNT)
+
+    def run(log: str) -> AbstractAsyncContextManager[RunProcess]:
+        where = ("--kubeconfig", str(account), "--namespace", name, "--lease", LEASE)
+        return run_with(tmp_path / log, *where, *TICK)
+
+    try:
+        async with run("first.log") as first:
+            await cluster.apply(sharing_policy(name, nodeSelector=labels, resourceName=resource, replicas=4))
+            await until_told(cluster, name, "Accepted", "False", "NoNodes")
+            await cluster.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}})
+            await say(cluster, shared(name, resource))
+            await until_told(cluster, name, "Programmed", "True", "Programmed")
+            await until_limited(cluster, f"{name}.io_gpus", "4")
+            metrics = await completed(page, f"{first.admin}/metrics")
+            assert await problems(first, lambda said: not said) == ""
+            assert await first.end(signal.SIGTERM) == 0
+        assert f'meshctl_gpu_slots{{resource="{resource}",state="free"}} 4.0' in (metrics or "")
+        row = await cluster.kubectl("get", "gsp", name, "--no-headers")
+        assert row.split()[:6] == [name, "MPS", "4", resource, "1", "1"]
+        described = await cluster.kubectl("describe", "gsp", name)
+        for words in ("NoNodes", "it is for 1 GPU of 1 node", "meshctl.io/controller"):
+            assert words in described, described
+
+        before = await cluster.get("gsp", name), await config_map(cluster)
+        async with run("second.log"):
+            await cluster.apply(sharing_policy(late, nodeSelector=labels, resourceName=resource, priority=-1))
+            await until_told(cluster, late, "Conflict", "True", "Overruled")
+        assert (await cluster.get("gsp", name), await config_map(cluster)) == before
+        message = (await cluster.get("gsp", late))["status"]["conditions"][-1]["message"]
+        assert f"policy {name} instead, whose priority 0 is higher than -1" in message
+    finally:
+        await cluster.kubectl("delete", "gsp", name, late, "--ignore-not-found")
+        await cluster.kubectl("delete", "gpu", f"gpu-{name}", "--ignore-not-found")
+        await cluster.kubectl("delete", "node", name, "--ignore-not-found")
+        await cluster.kubectl("delete", "configmap", NAME, "--namespace", NAMESPACE, "--ignore-not-found")
+
+
+def shared(name: str, resource: str) -> dict[str, Any]:
+    """The only GPU of node `name`, as policy `name` says."""
+    policy = {"name": name, "generation": 1, "wanted": "", "wantedGeneration": 0}
+    how: dict[str, Any] = {"resourceName": resource, "policy": policy, "computeCapability": "7.0"}
+    return gpu_object(name, f"GPU-{name}", total=4, heartbeat="2999-01-01T00:00:00Z", **how)
 
 
 async def say(cluster: Cluster, gpu: Mapping[str, Any]) -> None:
@@ -31,92 +81,21 @@ async def say(cluster: Cluster, gpu: Mapping[str, Any]) -> None:
     await cluster.kubectl(*command)
 
 
-async def test_kubectl_tells_how_far_a_policy_is(cluster: Cluster) -> None:
-    """From a policy whose nodes are not there to one that is in force, with Events and the ConfigMap; another replica
-    that starts then writes nothing; a second policy is told that it lost, and why."""
-    name = await cluster.namespace("operator")
-    labels, resource = {"meshctl.io/test": name}, f"{name}.io/gpus"
-    policy = sharing_policy(name, nodeSelector=labels, resourceName=resource, replicas=4)
-    gpu = gpu_object(
-        name,
-        f"GPU-{name}",
-        total=4,
-        resourceName=resource,
-        computeCapability="7.0",
-        policy={"name": name, "generation": 1, "wanted": "", "wantedGeneration": 0},
-        heartbeat="2999-01-01T00:00:00Z",
-    )
-
-    async def told(type_: str, of: str = name) -> tuple[str, str]:
-        conditions = (await cluster.get("gsp", of)).get("status", {}).get("conditions", ())
-        return next(((c["status"], c["reason"]) for c in conditions if c["type"] == type_), ("", ""))
-
-    async def until_told(type_: str, *said: str, of: str = name) -> None:
-        async def holds() -> bool:
-            return await told(type_, of) == said
-
-        await until(holds, f"{of}: {type_} is {said}")
-
-    async with connect(cluster.kubeconfig) as client:
-        store = await ClusterObjects(client, namespaces=(name,)).start(DEADLINE_S)
-
-        def operator() -> GpuOperator:
-            api, clock = KubernetesStatus(client, "one"), MonotonicClock()
-            return GpuOperator(store.reader(*WATCHED), api, client.get, lambda: True, clock, namespace=name)
-
-        running = operator()
-        running.start()
-        try:
-            await cluster.apply(policy)
-            await until_told("Accepted", "False", "NoNodes")
-            await cluster.apply({"apiVersion": "v1", "kind": "Node", "metadata": {"name": name, "labels": labels}})
-            await say(cluster, gpu)
-            await until_told("Programmed", "True", "Programmed")
-            await until_limited(cluster, name, f"{name}.io_gpus", "4")
-            assert running.problems() == ()
-            await running.stop()
-
-            before = [await cluster.get("gsp", name), await cluster.get("configmap", NAME, "--namespace", name)]
-            second = operator()
-            async with asyncio.timeout(DEADLINE_S):
-                while store.every("GPUSharingPolicy")[key(store, name)]["metadata"]["resourceVersion"] != version(
-                    before[0]
-                ):
-                    await store.wait_changed()
-            await second.look()
-            assert [await cluster.get("gsp", name), await cluster.get("configmap", NAME, "--namespace", name)] == before
-            (row,) = (await cluster.kubectl("get", "gsp", name, "--no-headers")).splitlines()
-            assert row.split()[:5] == [name, "MPS", "4", resource, "1"]
-            described = await cluster.kubectl("describe", "gsp", name)
-            for words in ("NoNodes", "it is for 1 GPU of 1 node", "meshctl.io/controller"):
-                assert words in described, described
-
-            late = f"{name}-late"
-            await cluster.apply(sharing_policy(late, nodeSelector=labels, priority=-1))
-            second.start()
-            try:
-                await until_told("Conflict", "True", "Overruled", of=late)
-            finally:
-                await second.stop()
-            message = (await cluster.get("gsp", late))["status"]["conditions"][-1]["message"]
-            assert f"policy {name} instead, whose priority 0 is higher than -1" in message
-        finally:
-            await running.stop()
-            await store.stop()
-            await cluster.kubectl("delete", "gsp,gpu,node", "--ignore-not-found", name, f"{name}-late", f"gpu-{name}")
-
-
-def key(store: ClusterObjects, name: str) -> Any:
-    return next(key for key in store.every("GPUSharingPolicy") if key.name == name)
-
-
-def version(value: Mapping[str, Any]) -> Any:
-    return value["metadata"]["resourceVersion"]
-
-
-async def until_limited(cluster: Cluster, namespace: str, resource: str, slots: str) -> None:
+async def until_told(cluster: Cluster, policy: str, type_: str, status: str, reason: str) -> None:
     async def holds() -> bool:
-        found = await cluster.get("configmap", "--namespace", namespace)
-        return any(value.get("data", {}).get(resource) == slots for value in found["items"])
+        conditions = (await cluster.get("gsp", policy)).get("status", {}).get("conditions", ())
+        return (type_, status, reason) in [(c["type"], c["status"], c["reason"]) for c in conditions]
 
-    await until(holds, f"a container may ask for {slots} of {resource}")
+    await until(holds, f"{policy}: {type_} is {status}, {reason}")
+
+
+async def config_map(cluster: Cluster) -> Any:
+    return await cluster.get("configmap", NAME, "--namespace", NAMESPACE)
+
+
+async def until_limited(cluster: Cluster, key: str, slots: str) -> None:
+    async def holds() -> bool:
+        found = await cluster.get("configmap", "--namespace", NAMESPACE)
+        return slots in [c.get("data", {}).get(key) for c in found["items"] if c["metadata"]["name"] == NAME]
+
+    await until(holds, f"a container may ask for {slots} of {key}")
