@@ -35,7 +35,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 from deviceplugin import kubeletapi as api
 from deviceplugin.allocate import Reason, RefusedSlotsError
-from deviceplugin.podresources import CHANNEL, address
+from deviceplugin.podresources import CHANNEL, Identity, address, identity
 from deviceplugin.ports import Backend
 from meshctl.errors import InputError, MeshctlError, UnavailableError
 
@@ -43,7 +43,6 @@ log = structlog.get_logger(__name__)
 
 Observe = Callable[[str, float, str], None]
 """Told of each call that ended: its method, seconds, and OK, a `Reason`, or the name of a gRPC code."""
-Identity = tuple[int, int, int]
 
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.05, 0.5
 STOP_GRACE_S = 2.0
@@ -171,7 +170,7 @@ class PluginServer:
     async def _kubelet_there(self) -> Identity:
         """Waits until somebody listens at kubelet.sock, for as long as it takes. A file alone may be a dead one's."""
         while True:
-            kubelet = _identity(self._kubelet)
+            kubelet = identity(self._kubelet)
             if kubelet is not None and _listening(self._kubelet):
                 return kubelet
             await asyncio.sleep(self._patience.poll_s)
@@ -197,7 +196,7 @@ class PluginServer:
         watched_s = clock()
         while True:
             await asyncio.sleep(self._patience.poll_s)
-            if _identity(self._kubelet) not in (kubelet, None):
+            if identity(self._kubelet) not in (kubelet, None):
                 return "kubelet.sock was created anew"
             if not endpoint.there:
                 return f"{endpoint.path.name} was removed"
@@ -229,7 +228,7 @@ class _Endpoint:
         except RuntimeError as error:
             raise UnavailableError(f"can't listen at {self.path} (--plugin-dir): {error}") from error
         await self._server.start()
-        self._bound = _identity(self.path)
+        self._bound = identity(self.path)
 
     async def close(self) -> None:
         """Waits a moment for calls under way, then ends the streams and removes the socket."""
@@ -242,7 +241,7 @@ class _Endpoint:
     @property
     def there(self) -> bool:
         """Whether the socket at its path is still the one that it listens at."""
-        return self._bound is not None and _identity(self.path) == self._bound
+        return self._bound is not None and identity(self.path) == self._bound
 
     def _methods(self) -> dict[str, grpc.RpcMethodHandler]:
         unary = {
@@ -333,15 +332,6 @@ def _judged(error: Exception) -> tuple[StatusCode, str]:
             return StatusCode.UNAVAILABLE, StatusCode.UNAVAILABLE.name
         case _:
             return StatusCode.INTERNAL, StatusCode.INTERNAL.name
-
-
-def _identity(path: Path) -> Identity | None:
-    """Tells a socket from the next one at its path: ext4 gives an inode out again at once. None: nothing is there."""
-    try:
-        found = path.lstat()
-    except FileNotFoundError:
-        return None
-    return found.st_dev, found.st_ino, found.st_ctime_ns
 
 
 def _listening(path: Path) -> bool:

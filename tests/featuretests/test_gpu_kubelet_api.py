@@ -14,7 +14,7 @@ from grpc import StatusCode, aio
 
 from deviceplugin import kubeletapi as api
 from deviceplugin.allocate import Reason, RefusedSlotsError
-from deviceplugin.podresources import PodResources
+from deviceplugin.podresources import CHECKPOINT, PodResources
 from deviceplugin.ports import ContainerResponse, Device, DeviceNode, Mount
 from deviceplugin.server import Patience, PluginServer
 from meshctl.errors import InputError, MeshctlError, UnavailableError
@@ -122,7 +122,8 @@ async def client_of(kubelet: FakeKubelet) -> AsyncIterator[aio.Channel]:
 
 
 def sockets(kubelet: FakeKubelet) -> list[str]:
-    return sorted(path.name for path in kubelet.plugin_dir.iterdir() if path.name != api.KUBELET_SOCKET)
+    kubelets = (api.KUBELET_SOCKET, CHECKPOINT)
+    return sorted(path.name for path in kubelet.plugin_dir.iterdir() if path.name not in kubelets)
 
 
 async def registered_again(kubelet: FakeKubelet, times: int) -> None:
@@ -402,7 +403,7 @@ async def test_a_kubelet_that_forgot_us_is_registered_with_again(kubelet: FakeKu
 async def test_what_a_dead_agent_left_is_removed_and_nothing_else(kubelet: FakeKubelet, desk: Desk) -> None:
     """Its socket goes; other plugins' sockets and the kubelet's files stay."""
     stale = "meshctl-hpe.com_gpus-0123abcd.sock"
-    kept = ["kubelet_internal_checkpoint", "meshctl-hpe.com_gpus-other-0123abcd.sock", "nvidia.sock"]
+    kept = ["DEPRECATION", "meshctl-hpe.com_gpus-other-0123abcd.sock", "nvidia.sock"]
     for name in (stale, *kept[1:]):
         with closing(socket.socket(socket.AF_UNIX)) as dead:
             dead.bind(str(kubelet.plugin_dir / name))
@@ -453,7 +454,7 @@ async def test_an_allocate_under_way_ends_before_the_server_does(kubelet: FakeKu
 
 @pytest.fixture
 async def pods(kubelet: FakeKubelet) -> AsyncIterator[PodResources]:
-    pods = PodResources(kubelet.pod_resources)
+    pods = PodResources(kubelet.pod_resources, kubelet.plugin_dir)
     yield pods
     await pods.close()
 
@@ -509,3 +510,54 @@ async def test_an_answer_may_be_larger_than_grpcs_default(kubelet: FakeKubelet, 
     name = "x" * 5000
     kubelet.held = {(Owner("ns", f"{name}{at}", "main"), RESOURCE): [f"GPU-0::{at}"] for at in range(1000)}
     assert len(await pods.held({RESOURCE})) == 1000
+
+
+async def test_a_young_kubelet_that_shows_no_pods_yet_is_not_believed(
+    kubelet: FakeKubelet, desk: Desk, pods: PodResources
+) -> None:
+    """It restarted and has not heard of its pods; that it gave slots away stands in its checkpoint. Then it has."""
+    async with plugin_of(kubelet, desk):
+        await kubelet.admit(A, RESOURCE, 2)
+        before = await pods.held({RESOURCE})
+        kubelet.knows_pods = False
+        await kubelet.restart()
+        await kubelet.has(RESOURCE, 8)
+        for _ in range(2):
+            with pytest.raises(UnavailableError, match=r"of 2 slots that it gave away .* GPU-0::0 among them"):
+                await pods.held({RESOURCE})
+        kubelet.knows_pods = True
+        assert await pods.held({RESOURCE}) == before == {Slot("GPU-0", 0): A, Slot("GPU-0", 1): A}
+
+
+async def test_a_kubelet_that_knows_its_pods_is_believed_when_one_ends(
+    kubelet: FakeKubelet, desk: Desk, pods: PodResources
+) -> None:
+    """Its checkpoint keeps what has ended until the next pod comes: that hides nothing."""
+    async with plugin_of(kubelet, desk):
+        await kubelet.admit(A, RESOURCE, 1)
+        await kubelet.admit(B, RESOURCE, 1)
+        assert len(await pods.held({RESOURCE})) == 2
+        kubelet.end(A)
+        assert await pods.held({RESOURCE}) == {Slot("GPU-0", 1): B}
+        kubelet.end(B)
+        assert await pods.held({RESOURCE}) == {}
+
+
+async def test_a_kubelet_that_is_not_young_is_believed(kubelet: FakeKubelet, desk: Desk, pods: PodResources) -> None:
+    """What ended while it was away is in its checkpoint: waited for while it is young, and no longer."""
+    async with plugin_of(kubelet, desk):
+        await kubelet.admit(A, RESOURCE, 1)
+        kubelet.end(A)
+        await kubelet.restart()
+        with pytest.raises(UnavailableError):
+            await pods.held({RESOURCE})
+        grown = PodResources(kubelet.pod_resources, kubelet.plugin_dir, young_s=0.0)
+        assert await grown.held({RESOURCE}) == {}
+        await grown.close()
+
+
+async def test_a_checkpoint_that_cannot_be_read_says_nothing(kubelet: FakeKubelet, pods: PodResources) -> None:
+    """Neither does a young kubelet then."""
+    (kubelet.plugin_dir / CHECKPOINT).write_text('{"Data": []}')
+    with pytest.raises(UnavailableError, match=f"{CHECKPOINT} is no checkpoint"):
+        await pods.held({RESOURCE})

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import orjson
 from betterproto2 import Message
 from grpc import StatusCode, aio
 
 from deviceplugin import kubeletapi as api
+from deviceplugin.podresources import CHECKPOINT
 from meshctl.sharing import Owner
 from tests.harness.tools import DEADLINE_S, until
 
@@ -80,6 +82,8 @@ class FakeKubelet:
         """(container, resource) -> its device IDs; survives a restart, as the kubelet's checkpoint does."""
         self.deaf = asyncio.Event()
         """While it is set, calls of Register and List get no answer."""
+        self.knows_pods = True
+        """Whether it has heard of its pods since it started; until then it shows none."""
         self._random = random.Random(seed)  # noqa: S311 (the order of IDs)
         self._server: aio.Server | None = None
         for name in ("device-plugins", "pod-resources"):
@@ -178,6 +182,7 @@ class FakeKubelet:
         request = api.ContainersDeviceIds([api.DeviceIds(ids)])
         answer = api.AllocateResponse.parse(await plugin.call(api.ALLOCATE, request))
         self.held[owner, resource] = ids
+        self._remember()
         return answer.containers[0]
 
     async def start_container(self, owner: Owner, resource: str) -> None:
@@ -245,7 +250,16 @@ class FakeKubelet:
     async def _list_pods(self, data: bytes, context: Any) -> bytes:
         if self.deaf.is_set():
             await asyncio.Event().wait()
-        return bytes(listed_pods(self.held))
+        return bytes(listed_pods(self.held if self.knows_pods else {}))
+
+    def _remember(self) -> None:
+        """The checkpoint, as the real one writes it: pods that ended are in it until the next is admitted."""
+        entries = [
+            {"PodUID": owner.pod, "ContainerName": owner.container, "ResourceName": resource, "DeviceIDs": {"-1": ids}}
+            for (owner, resource), ids in self.held.items()
+        ]
+        data = {"Data": {"PodDeviceEntries": entries or None, "RegisteredDevices": {}}, "Checksum": 0}
+        (self.plugin_dir / CHECKPOINT).write_bytes(orjson.dumps(data))
 
 
 def listed_pods(held: dict[tuple[Owner, str], list[str]]) -> api.ListPodResourcesResponse:
