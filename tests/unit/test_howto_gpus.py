@@ -66,7 +66,9 @@ def picture() -> str:
 
 def test_picture_is_what_the_tool_draws() -> None:
     """Of the example's files, by the agent's own code: paste what this prints when it fails."""
-    assert picture() in HOWTO.read_text()
+    drawn = picture()
+    assert drawn in HOWTO.read_text()
+    assert drawn.partition("\n\n")[0] in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("reason", sorted({*Reason, *Refusal, *Illness} - {Illness.HEALTHY}))
