@@ -15,6 +15,7 @@ from meshctl.errors import InputError, MeshctlError
 
 if TYPE_CHECKING:
     from meshctl.api.gpu import GPU
+    from meshctl.ports import KubeObject
 
 Kubeconfig = Annotated[Path | None, typer.Option(help="Default: $KUBECONFIG, ~/.kube/config, or the pod's own.")]
 Context = Annotated[str | None, typer.Option(help="Context of the kubeconfig; its current one by default.")]
@@ -51,67 +52,83 @@ def map_command(
         raise InputError("--agent asks one agent, --kubeconfig and --context an API server: give one of them")
     nodes = frozenset(node or ())
 
-    def found() -> list[GPU]:
+    def found() -> list[KubeObject]:
         return _of_nodes(_from_agent(agent) if agent else asyncio.run(_from_cluster(kubeconfig, context)), nodes)
 
-    def drawn(gpus: list[GPU]) -> GpuMap | str:
-        return GpuMap(gpus, datetime.now(UTC)) if gpus else NOTHING
+    def drawn(objects: list[KubeObject]) -> GpuMap | str:
+        return GpuMap(_read(objects), datetime.now(UTC)) if objects else NOTHING
 
     if watch:
         live(lambda: drawn(found()), REFRESH_S)
         return
-    gpus = found()
-    data = [gpu.model_dump(mode="json", by_alias=True, exclude_none=True, exclude_unset=True) for gpu in gpus]
-    emit(data, output, lambda: drawn(gpus))
+    objects = found()
+    emit(objects, output, lambda: drawn(objects))
 
 
-def _of_nodes(gpus: Iterable[GPU], nodes: frozenset[str]) -> list[GPU]:
+def _of_nodes(objects: Iterable[KubeObject], nodes: frozenset[str]) -> list[KubeObject]:
     """In order of node and UUID. Raises InputError for a node that has none, where others do."""
-    found = sorted(gpus, key=lambda gpu: (gpu.spec.node, gpu.spec.uuid))
-    known = sorted({gpu.spec.node for gpu in found})
+    found = sorted(objects, key=lambda one: (one["spec"]["node"], one["spec"]["uuid"]))
+    known = sorted({one["spec"]["node"] for one in found})
     if unknown := sorted(nodes - {*known}):
         there = f"nodes that have some: {', '.join(known[:20])}" if known else NOTHING
         raise InputError(f"no GPU objects of node {', '.join(unknown)}; {there}")
-    return [gpu for gpu in found if not nodes or gpu.spec.node in nodes]
+    return [one for one in found if not nodes or one["spec"]["node"] in nodes]
 
 
-def _from_agent(agent: str) -> list[GPU]:
-    from meshctl.api.gpu import GPU
+def _from_agent(agent: str) -> list[KubeObject]:
+    from pydantic import AfterValidator
+
     from meshctl.cli.client import AGENT, fetch
 
-    return fetch(agent if "://" in agent else f"http://{agent}", "gpus", list[GPU], AGENT)
+    listed: Any = list[Annotated[dict[str, Any], AfterValidator(_placed)]]
+    url = agent if "://" in agent else f"http://{agent}"
+    found: list[KubeObject] = fetch(url, "gpus", listed, AGENT)
+    return found
 
 
-async def _from_cluster(kubeconfig: Path | None, context: str | None) -> list[GPU]:
+def _placed(one: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError for what is no GPU object."""
+    spec = one.get("spec")
+    if not (isinstance(spec, dict) and isinstance(spec.get("node"), str) and isinstance(spec.get("uuid"), str)):
+        raise ValueError("no spec.node and spec.uuid")  # noqa: TRY004 (what pydantic maps)
+    return one
+
+
+async def _from_cluster(kubeconfig: Path | None, context: str | None) -> list[KubeObject]:
     from meshctl.adapters.kubernetes.client import connect
     from meshctl.adapters.kubernetes.faults import AbsentError
+    from meshctl.adapters.kubernetes.kinds import KINDS
 
     async with connect(kubeconfig, context) as client:
         try:
-            return _read((await client.list("GPU")).items)
+            return [KINDS["GPU"].kept(item) for item in (await client.list("GPU")).items]
         except AbsentError as error:
-            raise MeshctlError(
-                f"{client.server} has no GPU objects at all; install meshctl's CRDs there (crds/)"
-            ) from error
+            raise MeshctlError(f"{client.server} has no GPUs at all; install meshctl's CRDs there (crds/)") from error
 
 
-def _read(items: Iterable[dict[str, Any]]) -> list[GPU]:
+def _read(objects: Iterable[KubeObject]) -> list[GPU]:
     """Those that this version understands; of the others standard error has a line each."""
     import orjson
     from pydantic import ValidationError
     from rich.markup import escape
 
-    from meshctl.api.base import API_VERSION
     from meshctl.api.gpu import GPU
 
     gpus = []
-    for item in items:
+    for one in objects:
         try:
-            gpus.append(GPU.model_validate_json(orjson.dumps({"apiVersion": API_VERSION, "kind": "GPU"} | item)))
+            gpus.append(GPU.model_validate_json(orjson.dumps(_timed(one))))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             where = ".".join(str(part) for part in first["loc"])
-            name = item["metadata"]["name"]
-            words = f"GPU {name} is not drawn: {where}: {first['msg']}; is its agent of another version?"
+            uuid = one["spec"]["uuid"]
+            words = f"GPU {uuid} is not drawn: {where}: {first['msg']}; is its agent of another version?"
             console(stderr=True).print(f"[yellow]{escape(words)}[/]")
     return gpus
+
+
+def _timed(one: KubeObject) -> KubeObject:
+    """With a time for each condition: an agent without a cluster has none, and the map shows none."""
+    status = one.get("status") or {}
+    conditions = [{"lastTransitionTime": "", **condition} for condition in status.get("conditions") or ()]
+    return {**one, "status": {**status, "conditions": conditions}} if conditions else one

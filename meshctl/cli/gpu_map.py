@@ -21,10 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from meshctl.api.gpu import GPU, GPUSlots, GPUStatus
+from meshctl.controller.gpupolicies import SILENT_AFTER
 from meshctl.sharing import Mode, MpsPhase, Owner
 
-SILENT_S = 300.0
-"""An agent that wrote nothing for this long is not there: it writes every minute."""
 FREE, STARTING, UNAVAILABLE = "·", "?", "×"
 _ASCII = str.maketrans({FREE: ".", UNAVAILABLE: "#"})
 _LATIN = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
@@ -273,7 +272,7 @@ def _notes(gpu: GPU, now: datetime) -> Iterator[tuple[str, str]]:
         yield f"MPS {status.mps.state}: {status.mps.message}", "yellow"
     if status.tenant:
         yield f"only for namespace {status.tenant}, as long as its pods are on it", "dim"
-    if status.heartbeat and (silent := _age(status.heartbeat, now)) > timedelta(seconds=SILENT_S):
+    if status.heartbeat and (silent := _age(status.heartbeat, now)) > SILENT_AFTER:
         yield (
             f"its agent has said nothing for {silent.total_seconds() / 60:.0f} minutes: all of this may be old",
             "yellow",

@@ -61,6 +61,8 @@ def test_map_shows_what_the_api_server_has(written: Cluster) -> None:
     assert [one["spec"]["uuid"] for one in objects] == list(UUIDS)
     assert [one["status"]["slots"]["free"] for one in objects] == [1, 3]
     assert "uuid: " + UUIDS[0] in run(*options, "-o", "yaml")
+    columns = {line.split()[0]: line for line in written.kubectl_now("get", "gpus").splitlines()}
+    assert all(f" {one['status']['summary']} " in columns[one["metadata"]["name"]] for one in objects)
 
 
 def test_node_without_gpus_is_the_callers_mistake(written: Cluster) -> None:
@@ -81,11 +83,20 @@ async def test_who_may_not_see_gpus_is_told_so(written: Cluster) -> None:
 async def agent() -> AsyncIterator[str]:
     """The address of something that answers as an agent's admin API does."""
 
+    timeless = orjson.loads(orjson.dumps(OBJECTS))  # times come with the write to an API server
+    for data in timeless:
+        for one in data["status"]["conditions"]:
+            del one["lastTransitionTime"]
+
     async def gpus(_: web.Request) -> web.Response:
-        return web.json_response(list(OBJECTS))
+        return web.json_response(timeless)
+
+    async def others(_: web.Request) -> web.Response:
+        return web.json_response([{"spec": {}}])
 
     served = web.Application()
     served.router.add_get("/api/v1/gpus", gpus)
+    served.router.add_get("/other/api/v1/gpus", others)
     runner = web.AppRunner(served)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -107,5 +118,7 @@ async def test_what_is_no_agent_is_said_to_be_none(agent: str) -> None:
         await completed(run, "--agent", "127.0.0.1:1")
     with pytest.raises(MeshctlError, match=r"did not answer as a meshctl agent of this version; is --agent right\?"):
         await completed(run, "--agent", f"http://{agent}/elsewhere")
+    with pytest.raises(MeshctlError, match="did not answer as a meshctl agent"):
+        await completed(run, "--agent", f"http://{agent}/other")
     with pytest.raises(InputError, match="give one of them"):
         await asyncio.to_thread(run, "--agent", agent, "--kubeconfig", "x")
