@@ -54,6 +54,8 @@ class Config:
     pod_resources: Path = Path("/var/lib/kubelet/pod-resources/kubelet.sock")
     mps_control: Path = Path("nvidia-cuda-mps-control")
     mps_root: Path = Path("/run/meshctl/mps")
+    mps_cgroup: Path | None = None
+    """Where daemons are moved to; None: they stay in the agent's, and end with its container."""
     state: Path = Path("/var/lib/meshctl/agent.json")
     admin: Address = field(default_factory=lambda: Address("127.0.0.1", 18002))
     pace: Pace = field(default_factory=Pace)
@@ -123,10 +125,12 @@ async def _agent(config: Config) -> AsyncIterator[tuple[Agent, Callable[[], None
         stack.push_async_callback(inventory.close)
         checkpoint = Checkpoint(config.state)
         node = Node.restored(await asyncio.to_thread(checkpoint.load, clock.now_s()))
-        holdings = PodResources(config.pod_resources)
+        holdings = PodResources(config.pod_resources, config.plugin_dir)
         stack.push_async_callback(holdings.close)
         world, publisher = await _world(config, stack)
-        mps = MpsDaemons(config.mps_control, config.mps_root, inventory, busy=node.busy)
+        mps = MpsDaemons(
+            config.mps_control, config.mps_root, inventory, busy=node.busy, cgroup=config.mps_cgroup
+        )
         parts = Parts(config.node, inventory, mps, holdings, world, checkpoint, clock, Metrics())
         agent = Agent(parts, node, config.pace)
         stack.push_async_callback(agent.stop)
