@@ -68,6 +68,11 @@ class Claim:
         policy = (self.wanted.policy, self.wanted.generation) if self.wanted.policy else None
         return self.card.in_force == policy
 
+    @property
+    def done(self) -> bool:
+        """Likewise, and nothing speaks against it (any more: the driver may be older than it was)."""
+        return self.settled and not self.wanted.refused
+
 
 def read_policy(raw: KubeObject, before: Read | None = None) -> Read:
     """`before` itself where it was read from this very object."""

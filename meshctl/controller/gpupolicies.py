@@ -139,17 +139,17 @@ def _programmed(accepted: _Told, mine: Sequence[Claim], progress: Sequence[Mappi
     words = "; ".join([so_far, *said[:NAMED]])
     if ready == len(mine):
         return Status.TRUE, PROGRAMMED, words
-    refusals = {reason for claim in mine if not claim.settled and (reason := _refusal(claim))}
+    refusals = {reason for claim in mine if not claim.done and (reason := _refusal(claim))}
     return Status.FALSE, min(refusals, default=WAITING), words
 
 
 def _node(name: str, mine: Sequence[Claim], now: datetime) -> dict[str, Any]:
     """A PolicyNode. A refusal that several GPUs share is told once."""
     said = [f"the agent is silent since {since}" for since in [_silent_since(mine, now)] if since]
-    waits = {claim.card.gpu.uuid: why for claim in mine if not claim.settled and (why := _waits_for(claim))}
+    waits = {claim.card.gpu.uuid: why for claim in mine if not claim.done and (why := _waits_for(claim))}
     same = {why: [uuid for uuid, other in waits.items() if other == why] for why in waits.values()}
     said += [f"{_some(gpus)}: {why}" for why, gpus in same.items()]
-    ready = sum(claim.settled and not claim.wanted.refused for claim in mine)
+    ready = sum(claim.done for claim in mine)
     return {"name": name, "gpus": len(mine), "ready": ready, "message": _short("; ".join(said), NODE_MESSAGE_CHARS)}
 
 
