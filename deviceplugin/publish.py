@@ -125,8 +125,8 @@ class GpuPublisher:
         """What the GPU objects of this node are to be (`objects.gpu_object`), all of them. Never blocks, never fails.
 
         Objects of this node that are not among them are deleted: a card that somebody holds belongs there, though it
-        may be lost. `complete` False: the inventory is not known (yet), so nothing is deleted. Nothing is to be said before
-        the kubelet has told who holds what: the pods' routes go by the holders.
+        may be lost. `complete` False: the inventory is not known (yet), so nothing is deleted. Nothing is to be
+        said before the kubelet has told who holds what: routes of pods go by the holders.
         """
         if (objects, complete) != (self._wanted, self._complete):
             self._wanted, self._complete = dict(objects), complete
