@@ -12,6 +12,7 @@ the pen must not take the GPUs of running pods away. At the first reading it is 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,12 +26,14 @@ from deviceplugin.nvml import NvmlInventory
 from deviceplugin.ports import GpuLostError, Inventory, Xid
 from meshctl.api.base import GpuProduct, Strict, validated, wrong
 from meshctl.api.document import Document, Fault, ManifestError, Place, parse, read_bounded, short
+from meshctl.api.gpu import QUANTITY
 from meshctl.errors import InputError
 from meshctl.sharing import LONGEST_DEVICE_ID, SEPARATOR, Gpu
 
 log = structlog.get_logger(__name__)
 
 FILE = "file:"
+LONGEST_QUANTITY = 20
 LONGEST_UUID = LONGEST_DEVICE_ID - len(f"{SEPARATOR}99")
 
 
@@ -43,17 +46,15 @@ def open_inventory(spec: str) -> Inventory:
     raise InputError(f"the inventory {short(spec)} is unknown; write nvml, or {FILE}PATH of a list of GPUs")
 
 
-def _memory_bytes(text: str) -> str:
-    if _bytes(text) < 1:
-        wrong(f"{text!r} is less than a byte; write the GPU's memory, 16Gi for example")
-    return text
-
-
 def _bytes(text: str) -> int:
-    try:
-        return int(parse_quantity(text))  # type: ignore[no-untyped-call]  # kubernetes has no types
-    except (ValueError, ArithmeticError):
-        wrong(f"{text!r} is not a quantity of Kubernetes; write 16Gi, for example")
+    return int(parse_quantity(text))  # type: ignore[no-untyped-call]  # kubernetes has no types
+
+
+def _memory(text: str) -> str:
+    # Not by trying: 1e1000000 is a quantity of Kubernetes, and takes a minute.
+    if len(text) > LONGEST_QUANTITY or not re.fullmatch(QUANTITY, text) or _bytes(text) < 1:
+        wrong(f"{short(text)} is not a GPU's memory; write 16Gi, for example")
+    return text
 
 
 class GpuEntry(Strict):
@@ -62,7 +63,7 @@ class GpuEntry(Strict):
     uuid: Annotated[str, Field(pattern=r"^[A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?$", max_length=LONGEST_UUID)]
     """In small letters it is the name of the GPU object, with ``::99`` a label's value."""
     product: GpuProduct
-    memory: Annotated[str, AfterValidator(_memory_bytes)]
+    memory: Annotated[str, AfterValidator(_memory)]
     compute_capability: Annotated[str, Field(pattern=r"^[0-9]{1,3}\.[0-9]{1,3}$")]
     minor: Annotated[int, Field(ge=0)] | None = None
     mig: bool = False

@@ -7,6 +7,7 @@
 # NAME: prometheus  Debian's package, checked by apt's signatures; its path is the program's, the others' is a folder
 #       triton      the tritonserver in NVIDIA's nvidia-pytriton wheel, pinned by hash below; runs without a GPU
 #       etcd, containerd (with runc and busybox)   Debian's packages
+#       cc          the machine's C compiler, else Debian's tcc; its path is the program's
 #       kubernetes  kube-apiserver and its companions, built from the Go modules pinned in scripts/kubernetes
 #       istio       pilot-discovery, istioctl and Istio's CRDs (crds.yaml), built from the Go module pinned below
 # The Go builds take minutes and up to 3 GB of memory, once per version. Without Go, the default leaves them out.
@@ -23,10 +24,10 @@ readonly ISTIO=v0.0.0-20260827124520-eed52ebb66ad # Istio serves no release tag 
 
 # What scripts/tools.sh prints, and the file in a tool's folder that shows that it is there.
 declare -rA VARIABLE=([prometheus]=PROMETHEUS_BIN [triton]=TRITON_HOME [etcd]=ETCD_HOME [kubernetes]=KUBERNETES_HOME
-  [istio]=ISTIO_HOME [containerd]=CONTAINERD_HOME)
+  [istio]=ISTIO_HOME [containerd]=CONTAINERD_HOME [cc]=CC)
 declare -rA PROOF=([prometheus]=usr/bin/prometheus [triton]=pytriton/tritonserver/bin/tritonserver [etcd]=etcd
-  [kubernetes]=kube-apiserver [istio]=pilot-discovery [containerd]=containerd)
-readonly NAMES="prometheus triton etcd kubernetes istio containerd"
+  [kubernetes]=kube-apiserver [istio]=pilot-discovery [containerd]=containerd [cc]=cc)
+readonly NAMES="prometheus triton etcd kubernetes istio containerd cc"
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cache=${MESHCTL_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/meshctl}
@@ -55,7 +56,7 @@ where() {
   if [[ $1 == prometheus && -n ${PROMETHEUS_BIN:-} ]]; then
     [[ -x $PROMETHEUS_BIN ]] || die "PROMETHEUS_BIN=$PROMETHEUS_BIN is not an executable file"
     printf '%s\n' "$PROMETHEUS_BIN"
-  elif [[ $1 == prometheus ]] && command -v prometheus; then :
+  elif [[ $1 == prometheus || $1 == cc ]] && command -v "$1"; then :
   elif [[ $1 == etcd && -x ${KUBEBUILDER_ASSETS:-}/etcd ]]; then
     printf '%s\n' "$KUBEBUILDER_ASSETS"
   elif [[ $1 == triton && -z $python ]]; then
@@ -63,7 +64,7 @@ where() {
   else
     local home; home=$(home_of "$1")
     [[ -x $home/${PROOF[$1]} ]] || return 1
-    if [[ $1 == prometheus ]]; then home=$home/${PROOF[$1]}; fi
+    if [[ $1 == prometheus || $1 == cc ]]; then home=$home/${PROOF[$1]}; fi
     printf '%s\n' "$home"
   fi
 }
@@ -105,6 +106,13 @@ install_containerd() {
   debian_programs "$1" busybox-static bin/busybox
   "$1/containerd" --version >/dev/null 2>&1 && "$1/runc" --version >/dev/null 2>&1 ||
     die "Debian's containerd or runc does not run on this machine"
+}
+
+install_cc() {
+  (cd "$work" && apt_download tcc && dpkg -x tcc_*.deb "$1")
+  printf '#!/bin/sh\nhome=$(dirname "$0")\nexec "$home/usr/bin/tcc" -B"$(echo "$home"/usr/lib/*/tcc)" "$@"\n' >"$1/cc"
+  chmod +x "$1/cc"
+  "$1/cc" -c -o "$work/stub.o" "$root/tests/harness/nvml/stub.c" >/dev/null 2>&1 || die "Debian's tcc does not run on this machine"
 }
 
 # go_builds COMMAND...: runs it in the background's priority; its output is shown when it fails.
@@ -192,7 +200,7 @@ main() {
     return
   fi
   if (($# == 0)); then
-    set -- prometheus triton etcd
+    set -- prometheus triton etcd cc
     if command -v go >/dev/null; then
       set -- "$@" kubernetes istio
       if ((EUID == 0)); then set -- "$@" containerd; fi # without root, no kubelet runs
