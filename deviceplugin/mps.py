@@ -42,6 +42,8 @@ class Pace:
     """Answers missed in a row that make a daemon a failed one."""
     start_s: float = 20.0
     quit_s: float = 10.0
+    grace_s: float = 5.0
+    """What does not end by `quit` is killed so long after it was acknowledged."""
     first_wait_s: float = 1.0
     """After a failure; doubles with each start, up to `longest_wait_s`."""
     longest_wait_s: float = 30.0
@@ -106,11 +108,13 @@ class MpsDaemons:
         the compute mode could not be given back; call again then."""
         daemon = self._daemons.pop(uuid, None)
         if daemon:
-            await daemon.end()
-        async with self._turn(uuid):
+            daemon.cancel()
+        async with self._turn(uuid):  # nothing is awaited before: who wants it again meanwhile has its turn after us
+            if daemon:
+                await daemon.end()
             control = self._of(uuid)
             await control.quit(self._pace.quit_s)
-            await control.clear(self._pace.quit_s, grace_s=self._pace.answer_s)
+            await control.clear(self._pace.quit_s, grace_s=self._pace.grace_s)
             await self._inventory.set_exclusive(uuid, False)
             await asyncio.to_thread(control.remove)
         self._changed.set()
@@ -193,9 +197,13 @@ class _Daemon:
     def begin(self) -> None:
         self._task = asyncio.create_task(self._supervised(), name=f"MPS of {self.uuid}")
 
-    async def end(self) -> None:
+    def cancel(self) -> None:
         if self._task:
             self._task.cancel()
+
+    async def end(self) -> None:
+        self.cancel()
+        if self._task:
             await asyncio.wait([self._task])
             if not self._task.cancelled():
                 self._task.result()  # it ends by nothing else than a bug
