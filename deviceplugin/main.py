@@ -128,9 +128,7 @@ async def _agent(config: Config) -> AsyncIterator[tuple[Agent, Callable[[], None
         holdings = PodResources(config.pod_resources, config.plugin_dir)
         stack.push_async_callback(holdings.close)
         world, publisher = await _world(config, stack)
-        mps = MpsDaemons(
-            config.mps_control, config.mps_root, inventory, busy=node.busy, cgroup=config.mps_cgroup
-        )
+        mps = MpsDaemons(config.mps_control, config.mps_root, inventory, busy=node.busy, cgroup=config.mps_cgroup)
         parts = Parts(config.node, inventory, mps, holdings, world, checkpoint, clock, Metrics())
         agent = Agent(parts, node, config.pace)
         stack.push_async_callback(agent.stop)

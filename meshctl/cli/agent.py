@@ -40,6 +40,10 @@ def agent(
     mps_root: Annotated[
         Path, typer.Option(metavar="DIR", help="Directory for the pipes and logs of the MPS daemons.")
     ] = Path("/run/meshctl/mps"),
+    mps_cgroup: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Cgroup that MPS daemons move to, to outlive the agent's container."),
+    ] = None,
     policy: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="GPUSharingPolicies in a file, instead of those of the cluster."),
@@ -69,6 +73,7 @@ def agent(
         pod_resources=pod_resources,
         mps_control=mps_control,
         mps_root=mps_root,
+        mps_cgroup=mps_cgroup,
         state=state,
         admin=Address.parse(admin, "--admin"),
     )
