@@ -77,6 +77,13 @@ def test_every_reason_is_explained(reason: str) -> None:
     assert f"`{reason}`" in HOWTO.read_text()
 
 
+@pytest.mark.parametrize("path", ["examples/gpu-sharing/anywhere.yaml", "deploy/agent/gpu-policy.yaml"])
+def test_each_policy_to_begin_with_is_valid(path: str) -> None:
+    """The agent takes it from the file as it is."""
+    (policy,) = load_policies(ROOT / path)
+    assert policy.spec.replicas == 10
+
+
 def test_metrics_are_those_that_the_agent_has() -> None:
     """Each that it exports is in the table, and none that it does not."""
     exported = set(re.findall(r"\"(meshctl_agent_[a-z_]+)\"", (ROOT / "deviceplugin" / "metrics.py").read_text()))
