@@ -423,11 +423,15 @@ async def test_a_second_agent_is_refused_and_the_first_goes_on(kubelet: FakeKube
         await kubelet.admit(A, RESOURCE, 1)
 
 
-async def test_a_directory_that_cannot_have_sockets_is_the_callers_mistake(tmp_path: Path, desk: Desk) -> None:
+async def test_a_directory_that_cannot_have_sockets_is_the_callers_mistake(kubelet: FakeKubelet, desk: Desk) -> None:
     """Missing, a file, too long: said at the start, with the option."""
-    (file := tmp_path / "file").touch()
-    (long := tmp_path / ("x" * 100)).mkdir()
-    for directory, words in ((tmp_path / "missing", "No such"), (file, "Not a directory"), (long, "bytes too long")):
+    (file := kubelet.root / "file").touch()
+    (long := kubelet.root / ("x" * 100)).mkdir()
+    for directory, words in (
+        (kubelet.root / "missing", "No such"),
+        (file, "Not a directory"),
+        (long, "bytes too long"),
+    ):
         with pytest.raises(InputError, match=rf"--plugin-dir: .*{words}"):
             await PluginServer(directory, RESOURCE, desk).run()
     assert list(long.iterdir()) == []
