@@ -14,7 +14,7 @@ from typing import Any
 from deviceplugin.ledger import Ledger
 from deviceplugin.policies import Refusal, Wanted, capability
 from meshctl.api.base import API_VERSION
-from meshctl.sharing import Gpu, Health, Isolation, Mode, MpsPhase, MpsStatus, Owner, Sharing
+from meshctl.sharing import Gpu, Health, Isolation, Mode, MpsPhase, MpsStatus, Sharing
 from meshctl.told import NORMAL, WARNING, Notice, StatusObject, conditions_of, dated
 
 NODE_LABEL = "meshctl.io/node"
@@ -184,7 +184,7 @@ def _shared(seen: Seen, ledger: Ledger) -> dict[str, Any]:
         whose = f"policy {then.policy}: " if then.policy else ""
         return _condition(SHARED, "False", str(then.refusal), f"{whose}{then.message}; {stays}")
     if then.sharing is None or now is None or now != then.sharing:
-        return _condition(SHARED, "False", *_waits(now, then, seen.withdrawn, ledger.holders(seen.gpu.uuid)))
+        return _condition(SHARED, "False", *_waits(seen, ledger))
     if now.mode is Mode.MPS and seen.mps.phase is not MpsPhase.RUNNING:
         why = seen.mps.message or "its control daemon is not up"
         return _condition(SHARED, "False", f"Mps{seen.mps.phase}", f"{_as_said(now)}, but MPS is not there: {why}")
@@ -192,21 +192,19 @@ def _shared(seen: Seen, ledger: Ledger) -> dict[str, Any]:
     return _condition(SHARED, "True", SHARED, "; ".join(filter(None, (_as_said(now), then.message, weaker))))
 
 
-def _waits(
-    now: Sharing | None, then: Wanted, withdrawn: bool, holders: Mapping[Owner, tuple[int, ...]]
-) -> tuple[str, str]:
+def _waits(seen: Seen, ledger: Ledger) -> tuple[str, str]:
     """Reason and words for a GPU that is not shared as the policies, which are valid for it, say."""
-    whom = _few([str(owner) for owner in sorted(holders)]) or "a container that was just given slots"
-    if then.sharing is None:
-        until = f"; {_as_said(now)}, to those who have slots: {whom}" if now is not None else ""
+    now, then = seen.sharing, seen.wanted.sharing
+    whom = _few([str(owner) for owner in ledger.holders(seen.gpu.uuid)]) or "a container that was just given slots"
+    busy = ledger.busy(seen.gpu.uuid)
+    if then is None:
+        until = f"; {_as_said(now)}, for those who have slots: {whom}" if now is not None and busy else ""
         return "NoPolicy", f"no GPUSharingPolicy is for it{until}"
-    if now is None:
-        return "Starting", f"to be {_as_said(then.sharing)}: in a moment"
-    goes_on = "no new container is given slots" if withdrawn else _as_said(now)
-    return (
-        "Draining" if withdrawn else "WaitingForPods",
-        f"waits for {whom} to end; until then {goes_on}, then {_as_said(then.sharing)}",
-    )
+    if now is None or not busy:
+        return "Changing", f"in a moment: {_as_said(then)}"
+    goes_on = "no new container is given slots" if seen.withdrawn else _as_said(now)
+    reason = "Draining" if seen.withdrawn else "WaitingForPods"
+    return reason, f"waits for {whom} to end; until then {goes_on}, then {_as_said(then)}"
 
 
 def _as_said(sharing: Sharing) -> str:
@@ -257,7 +255,7 @@ def notices(old: StatusObject, new: StatusObject) -> tuple[Notice, ...]:
 
 _Condition = Mapping[str, Any]
 _UNKNOWN = frozenset({str(Refusal.NODE_UNKNOWN), str(Refusal.POLICIES_UNKNOWN)})
-_TOLD_ELSEWHERE = frozenset({"Starting", "MpsStarting", "MpsFailed", "MpsOff", *_UNKNOWN})
+_TOLD_ELSEWHERE = frozenset({"Changing", "MpsStarting", "MpsFailed", "MpsOff", *_UNKNOWN})
 """Reasons of `SHARED` that pass in a moment, or that `HEALTHY` tells."""
 
 

@@ -190,6 +190,17 @@ def test_a_change_that_waits_says_for_whom(withdrawn: bool, reason: str) -> None
     }
 
 
+def test_a_gpu_that_nobody_is_on_changes_in_a_moment() -> None:
+    """Which is no news; one that is only promised to somebody waits."""
+    changing = replace(SEEN, wanted=Wanted(TEN, "ten", 1), withdrawn=True)
+    assert condition(changing)[1] == condition(replace(changing, sharing=None))[1] == "Changing"
+    assert told(SEEN, changing) == []
+    promised = Ledger(pending={Slot("GPU-Ab1", 0): Pending(1.0)})
+    _, reason, message = condition(changing, ledger=promised)
+    assert reason == "Draining"
+    assert message.startswith("waits for a container that was just given slots to end; until then no new container")
+
+
 def test_of_many_holders_a_few_are_named() -> None:
     """And how many more there are."""
     many = Ledger({Slot("GPU-Ab1", n): Owner("ns", f"pod-{n}", "c") for n in range(4)})
@@ -271,11 +282,11 @@ def test_a_change_of_policy_is_told_when_it_waits_and_when_it_is_in_force() -> N
     waits = replace(SEEN, wanted=Wanted(TEN, "ten", 1))
     done = replace(SEEN, sharing=TEN, wanted=waits.wanted)
     assert told(SEEN, waits, LEDGER) == [("Normal", "PolicyWaits")]
-    assert [*notices(status_of(waits, LEDGER), status_of(waits, EMPTY))] == []
-    assert told(waits, done) == [("Normal", "PolicyInForce")]
-    assert told(waits, replace(waits, wanted=Wanted(replace(TEN, generation=2), "ten", 2))) == [
-        ("Normal", "PolicyWaits")
-    ]
+    fewer = Ledger({Slot("GPU-Ab1", 0): SERVE})
+    assert notices(status_of(waits, LEDGER), status_of(waits, fewer)) == ()
+    assert told(waits, done, LEDGER) == told(waits, done) == [("Normal", "PolicyInForce")]
+    newer = replace(waits, wanted=Wanted(replace(TEN, generation=2), "ten", 2))
+    assert told(waits, newer, LEDGER) == [("Normal", "PolicyWaits")]
     assert told(None, SEEN) == [("Normal", "PolicyInForce")]
     assert told(SEEN, replace(SEEN, wanted=Wanted())) == [("Normal", "NoPolicy")]
     assert told(None, Seen(gpu=CARD)) == []
