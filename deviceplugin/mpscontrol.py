@@ -40,6 +40,8 @@ _LONGEST_LOG_BYTES = 1 << 20
 _CHATTER = ("Accepting connection", "NEW UI", "UI closed", "Cmd:get_", "Starting control daemon", "To connect CUDA")
 """Lines of control.log that every start and each of our questions leaves: they explain no failure."""
 _AGAIN_S = 0.05
+_HELP_S = 20.0
+"""The program only prints it: whoever reaches this has no program there."""
 
 
 class MpsError(MeshctlError):
@@ -157,7 +159,7 @@ class MpsControl:
     async def start(self, deadline_s: float) -> None:
         """Returns when the daemon listens; raises MpsError with its own last words when it does not."""
         words = await asyncio.to_thread(self._prepared)
-        options = ["-multiuser-server"] if await self._has_multi_user(deadline_s) else []
+        options = ["-multiuser-server"] if await self._has_multi_user() else []
         process = await self._spawned(*options, "-d", output=words)
         try:
             async with asyncio.timeout(deadline_s):
@@ -252,15 +254,15 @@ class MpsControl:
             raise MpsError(f"GPU {self.uuid}: cannot make {error.filename}: {error.strerror}") from error
         return words
 
-    async def _has_multi_user(self, deadline_s: float) -> bool:
+    async def _has_multi_user(self) -> bool:
         if not self.multi_user or os.geteuid() != 0:
             return False
         process = await self._spawned("-h")
         try:
-            async with asyncio.timeout(deadline_s):
+            async with asyncio.timeout(_HELP_S):
                 said, _ = await process.communicate()
         except TimeoutError as late:
-            raise MpsError(f"GPU {self.uuid}: {self.binary} -h says nothing within {deadline_s:g} s") from late
+            raise MpsError(f"GPU {self.uuid}: {self.binary} -h says nothing within {_HELP_S:g} s") from late
         finally:
             await _reaped(process)
         return b"multiuser-server" in said
