@@ -124,18 +124,18 @@ class Ledger:
         gone = frozenset(slots)
         return Ledger(self.held, {slot: promise for slot, promise in self.pending.items() if slot not in gone})
 
-    def observed(self, held: Mapping[Slot, Owner], now_s: float, hidden: Collection[Owner] = ()) -> Ledger:
+    def observed(self, held: Mapping[Slot, Owner], now_s: float, hidden: Collection[Owner] | None = ()) -> Ledger:
         """After a listing that was asked for at `now_s`: what it shows is held, what it does not show is not.
 
         What was granted after it was asked for it cannot know: that stays pending, whomever it shows there. `hidden`
-        are the owners that no listing shows (`tickets.hidden`): what may be theirs stays, too.
+        are the owners that no listing shows (`tickets.hidden`): what may be theirs stays, too. None: the pods are not
+        known (yet), so it may be anybody's. Listings must come in the order in which they were asked for.
         """
-        unseen = frozenset(hidden)
         pending = {
             slot: promise
             for slot, promise in self.pending.items()
             if promise.at_s > now_s
-            or (slot not in held and (now_s - promise.at_s <= PENDING_S or not unseen.isdisjoint(promise.owners)))
+            or (slot not in held and (now_s - promise.at_s <= PENDING_S or _unseen(promise, hidden)))
         }
         return Ledger({slot: owner for slot, owner in held.items() if slot not in pending}, pending)
 
@@ -153,3 +153,7 @@ class Ledger:
             mine, promised = tuple(held.get(uuid, ())), tuple(pending.get(uuid, ()))
             found[uuid] = _OnGpu(frozenset(number for number, _ in (*mine, *promised)), mine, promised)
         return found
+
+
+def _unseen(promise: Pending, hidden: Collection[Owner] | None) -> bool:
+    return hidden is None or any(owner in hidden for owner in promise.owners)

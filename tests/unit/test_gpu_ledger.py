@@ -61,6 +61,7 @@ def test_the_slots_of_an_init_container_stay_while_its_pod_lives() -> None:
     later = ledger.observed({B0: OTHER}, 1000.0, {init})
     assert later.used("GPU-a") == {0, 1}
     assert later.observed({B0: OTHER}, 1000.0) == Ledger({B0: OTHER})
+    assert later.observed({B0: OTHER}, 1000.0, hidden=None) == later, "the pods are not known: it may be such a one's"
 
 
 def test_a_slot_that_is_offered_again_is_the_new_ones() -> None:
