@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -114,14 +115,14 @@ def _asking(container: Mapping[str, Any], resources: frozenset[str], problems: l
 
 def _plans(pod: KubeObject, asking: list[_Asking], problems: list[str]) -> dict[str, Mapping[str, int]]:
     """Container -> UUID -> slots, of the containers whose plan holds."""
+    text = (pod["metadata"].get("annotations") or {}).get(ALLOCATION)
+    if text is None:
+        return {}
     try:
-        allocation = read_allocation(pod["metadata"].get("annotations") or {})
+        planned = dict(_read(text))
     except ValueError as error:
         problems.append(str(error))
         return {}
-    if allocation is None:
-        return {}
-    planned = dict(allocation.by_container())
     strange = sorted(planned.keys() - {found.name for found in asking})
     problems.extend(f"{ALLOCATION}: container {name} asks for no slot of this node" for name in strange)
     for found in asking:
@@ -129,6 +130,13 @@ def _plans(pod: KubeObject, asking: list[_Asking], problems: list[str]) -> dict[
             planned.pop(found.name, None)
             problems.append(f"{ALLOCATION}: {problem}")
     return {found.name: MappingProxyType(dict(planned[found.name])) for found in asking if found.name in planned}
+
+
+@lru_cache(maxsize=1024)
+def _read(text: str) -> Mapping[str, Mapping[str, int]]:
+    """Each Allocate reads the annotations of all pods of the node, which rarely change: that is half of the time it takes."""
+    allocation = read_allocation({ALLOCATION: text})
+    return MappingProxyType({} if allocation is None else allocation.by_container())
 
 
 def _misfit(found: _Asking, plan: Mapping[str, int] | None) -> str:
