@@ -134,7 +134,7 @@ def _plans(pod: KubeObject, asking: list[_Asking], problems: list[str]) -> dict[
 
 @lru_cache(maxsize=1024)
 def _read(text: str) -> Mapping[str, Mapping[str, int]]:
-    """Each Allocate reads the annotations of all pods of the node, which rarely change: that is half of the time it takes."""
+    """Each Allocate reads the annotations of all pods of the node, and they rarely change: parsing is half the time."""
     allocation = read_allocation({ALLOCATION: text})
     return MappingProxyType({} if allocation is None else allocation.by_container())
 
