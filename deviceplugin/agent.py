@@ -22,9 +22,9 @@ from deviceplugin.containers import response
 from deviceplugin.metrics import Metrics
 from deviceplugin.node import Card, Node
 from deviceplugin.objects import gpu_object
-from deviceplugin.policies import Policy, Refusal, Wanted, wanted
+from deviceplugin.policies import Policy, wanted
 from deviceplugin.ports import ContainerResponse, Device, GpuError, Inventory, Mps
-from deviceplugin.tickets import candidates, hidden, tickets_of
+from deviceplugin.tickets import candidates, tickets_of
 from meshctl.errors import MeshctlError, UnavailableError
 from meshctl.model import Problem
 from meshctl.ports import Clock, KubeObject
@@ -33,21 +33,18 @@ from meshctl.sharing import Isolation, Mode, Owner, Slot, Ticket
 log = structlog.get_logger(__name__)
 
 FRESH_S = 1.0
-"""Longest an Allocate waits for the API server's list of this node's pods, for isolation between tenants."""
+"""Longest an Allocate waits for the API server's list of this node's pods."""
 CHANGE_S = 30.0
 """Longest an Allocate waits for its GPU to be shared otherwise."""
 READY_S = 20.0
 """Longest a container waits for its MPS daemon before the kubelet is told to try again."""
 
 
-UNKNOWN = Wanted(refusal=Refusal.NODE_UNKNOWN, message="the GPUSharingPolicies are not known yet")
-
-
 @dataclass(frozen=True, slots=True)
 class Pace:
     """How often things are looked at; tests shorten it."""
 
-    inventory_s: float = 10.0
+    inventory_s: float = 5.0
     probe_s: float = 5.0
     kubelet_s: float = 1.0
     """Between two looks at who holds what; one follows each Allocate at once."""
@@ -69,8 +66,8 @@ class World(Protocol):
         """None: not known yet; nothing is deleted then."""
         ...
 
-    def pods(self) -> Sequence[KubeObject]:
-        """Pods of this node; empty without a cluster."""
+    def pods(self) -> Sequence[KubeObject] | None:
+        """Pods of this node; empty without a cluster. None: not known yet."""
         ...
 
     async def fresh_pods(self, deadline_s: float) -> Sequence[KubeObject]:
@@ -116,6 +113,9 @@ class Agent:
         """Who holds what is to be asked now."""
         self._allocating = asyncio.Lock()
         self._saving = asyncio.Lock()
+        self._asking = asyncio.Lock()
+        self._asked: Sequence[KubeObject] | None = None
+        """Pods by which the last answer to GetPreferredAllocation was found: the kubelet allocates right after it."""
         self._saved: object = None
         self._changes: dict[str, asyncio.Task[None]] = {}
         self._problems: dict[str, str] = {}
@@ -149,7 +149,8 @@ class Agent:
         await self._changed.wait()
 
     async def preferred(self, resource: str, available: Sequence[str], must: Sequence[str], size: int) -> list[str]:
-        asking = await self._candidates(resource, size)
+        self._asked = pods = await self._pods(resource)
+        asking = self._candidates(resource, size, pods)
         gpus = self.node.shared(self._now_s())
         return rules.prefer(resource, gpus, available, must, size, self.node.ledger, asking)
 
@@ -166,7 +167,9 @@ class Agent:
 
     async def _allocate(self, resource: str, containers: Sequence[Sequence[str]]) -> list[ContainerResponse]:
         await self._settled({Slot.parse(text).uuid for ids in containers for text in ids if _ours(text)})
-        asking = [one for ids in containers for one in await self._candidates(resource, len(ids))]
+        pods = self._asked if self._asked is not None else await self._pods(resource)
+        self._asked = None
+        asking = [one for ids in containers for one in self._candidates(resource, len(ids), pods)]
         now_s = self._now_s()
         gpus = self.node.shared(now_s)
         grants = rules.check(resource, gpus, containers, self.node.ledger, asking)
@@ -190,17 +193,25 @@ class Agent:
             if card is not None and card.by_mps:
                 await self.parts.mps.ready(uuid, READY_S)
 
-    async def _candidates(self, resource: str, asked: int) -> tuple[Ticket, ...]:
-        """Containers that this may be for. Between tenants what was watched is not enough: the kubelet knows more."""
-        world = self.parts.world
-        pods = world.pods()
+    def _candidates(self, resource: str, asked: int, pods: Sequence[KubeObject]) -> tuple[Ticket, ...]:
+        """Containers that this may be for."""
+        return candidates(self._tickets(pods), resource, asked, self.node.ledger)
+
+    async def _pods(self, resource: str) -> Sequence[KubeObject]:
+        """Of this node, at least those that the kubelet knows: what we watched may be behind what it watched, and to
+        steer by the plan of another pod is worse than to wait a few milliseconds. Between tenants it matters, too, who
+        is on the GPUs this very moment."""
         sharings = (card.sharing for card in self.node.cards.values())
         if any(one is not None and one.isolation is Isolation.TENANT and one.resource == resource for one in sharings):
             try:
-                pods = await world.fresh_pods(FRESH_S)
+                await self._ask_kubelet()
             except UnavailableError as error:
-                log.warning("the pods of the node are as last seen", error=str(error))
-        return candidates(self._tickets(pods), resource, asked, self.node.ledger)
+                log.warning("who holds what is as last seen", error=str(error))
+        try:
+            return await self.parts.world.fresh_pods(FRESH_S)
+        except MeshctlError as error:
+            log.warning("the pods of the node are as last seen", error=str(error))
+            return self.parts.world.pods() or ()
 
     def _tickets(self, pods: Sequence[KubeObject]) -> list[Ticket]:
         resources = self.node.resources()
@@ -208,9 +219,12 @@ class Agent:
 
     async def _settled(self, uuids: set[str]) -> None:
         """Returns when none of these GPUs is between two ways of sharing: the kubelet chose before it heard of it."""
-        async with asyncio.timeout(CHANGE_S):
-            while any((card := self.node.cards.get(uuid)) is not None and card.changing for uuid in uuids):
-                await self.changed()
+        try:
+            async with asyncio.timeout(CHANGE_S):
+                while any((card := self.node.cards.get(uuid)) is not None and card.changing for uuid in uuids):
+                    await self.changed()
+        except TimeoutError as late:
+            raise UnavailableError(f"{', '.join(sorted(uuids))}: still being shared otherwise; try again") from late
 
     # ------------------------------------------------------------------------------------------------------- the life
 
@@ -225,6 +239,22 @@ class Agent:
             if card.by_mps:
                 self.parts.mps.want(card.gpu)
         self._apply()
+        await self._clear_up()
+
+    async def _clear_up(self) -> None:
+        """Ends MPS daemons that the last run left on GPUs that are shared otherwise by now, or gone."""
+        for uuid in self.parts.mps.left():
+            card = self.node.cards.get(uuid)
+            asked = card.wanted.sharing if card is not None else None
+            wanted_soon = asked is not None and asked.mode is Mode.MPS
+            if self.node.told and not self.node.busy(uuid) and not wanted_soon:
+                await self._unwant(uuid)
+
+    async def _unwant(self, uuid: str) -> None:
+        try:
+            await self.parts.mps.unwant(uuid)
+        except MeshctlError as error:
+            log.warning("MPS daemon left running", gpu=uuid, error=str(error))
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -246,10 +276,7 @@ class Agent:
         await asyncio.gather(*self._changes.values(), return_exceptions=True)
         for uuid, card in self.node.cards.items():
             if card.by_mps and self.node.told and not self.node.busy(uuid):
-                try:
-                    await self.parts.mps.unwant(uuid)
-                except MeshctlError as error:
-                    log.warning("MPS daemon left running", gpu=uuid, error=str(error))
+                await self._unwant(uuid)
         await self.parts.mps.stop()
 
     async def _every(self, activity: str, look: Callable[[], Awaitable[None]], every_s: float) -> None:
@@ -303,16 +330,18 @@ class Agent:
         sharing = self.node.cards[uuid].sharing
         if sharing is None or not self.node.cards[uuid].by_mps:
             return None
-        told = [pod["metadata"] for pod in self.parts.world.pods()]
+        told = [pod["metadata"] for pod in self.parts.world.pods() or ()]
         pods = {metadata["uid"]: (metadata["namespace"], metadata["name"]) for metadata in told}
         owners = self.node.ledger.holders(uuid)
         return "; ".join(excess(map(cgroup_of, running), pods, owners, sharing.clients_per_container))
 
     async def _ask_kubelet(self) -> None:
         """Who holds what. When the kubelet does not say (UnavailableError), everything stays as it was."""
-        asked_at_s = self._now_s()
-        held = await self.parts.holdings.held(self.node.resources())
-        self.node.listed(held, asked_at_s, hidden(self._tickets(self.parts.world.pods())))
+        async with self._asking:  # answers count in the order of the questions
+            asked_at_s = self._now_s()
+            held = await self.parts.holdings.held(self.node.resources())
+            pods = self.parts.world.pods()
+            self.node.listed(held, asked_at_s, None if pods is None else self._tickets(pods))
 
     async def _hear_xids(self) -> None:
         while True:
@@ -347,7 +376,7 @@ class Agent:
         policies, labels, driver = world.policies(), world.node_labels, self.parts.inventory.driver
         self.node.asked(
             {
-                uuid: UNKNOWN if policies is None else wanted(card.gpu, self.parts.name, labels, policies, driver)
+                uuid: wanted(card.gpu, self.parts.name, labels, policies, driver)
                 for uuid, card in self.node.cards.items()
             }
         )

@@ -124,12 +124,22 @@ class Ledger:
         gone = frozenset(slots)
         return Ledger(self.held, {slot: promise for slot, promise in self.pending.items() if slot not in gone})
 
-    def observed(self, held: Mapping[Slot, Owner], now_s: float, hidden: Collection[Owner] | None = ()) -> Ledger:
+    def observed(
+        self,
+        held: Mapping[Slot, Owner],
+        now_s: float,
+        hidden: Collection[Owner] | None = (),
+        alive: Collection[Owner] = (),
+    ) -> Ledger:
         """After a listing that was asked for at `now_s`: what it shows is held, what it does not show is not.
 
         What was granted after it was asked for it cannot know: that stays pending, whomever it shows there. `hidden`
         are the owners that no listing shows (`tickets.hidden`): what may be theirs stays, too. None: the pods are not
         known (yet), so it may be anybody's. Listings must come in the order in which they were asked for.
+
+        `alive` are the containers of pods that have not ended, as the API server says. One that the listing does not
+        show at all keeps what it had: a kubelet that has just started may not know its pods yet, and does not for as
+        long as the API server is away.
         """
         pending = {
             slot: promise
@@ -137,7 +147,10 @@ class Ledger:
             if promise.at_s > now_s
             or (slot not in held and (now_s - promise.at_s <= PENDING_S or _unseen(promise, hidden)))
         }
-        return Ledger({slot: owner for slot, owner in held.items() if slot not in pending}, pending)
+        forgotten = frozenset(alive) - frozenset(held.values())
+        kept = {slot: owner for slot, owner in self.held.items() if owner in forgotten and slot not in held}
+        shown = {**held, **kept}
+        return Ledger({slot: owner for slot, owner in shown.items() if slot not in pending}, pending)
 
     @cached_property
     def _gpus(self) -> Mapping[str, _OnGpu]:

@@ -7,7 +7,7 @@ told. The end goes the other way: the kubelet is told nothing any more, then MPS
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,18 +64,20 @@ class Config:
 async def serve(config: Config, ended: asyncio.Event) -> None:
     """Until `ended`. Raises InputError or MeshctlError when it can't start, with nothing left behind."""
     with sole_agent(config.plugin_dir, config.state):
-        async with _agent(config) as (agent, tell):
+        async with _agent(config) as (agent, publisher):
             plugins = Plugins(config.plugin_dir, agent, agent.parts.metrics.called)
             async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(work) for work in (agent.run(), plugins.run(), _telling(agent, tell))]
+                running = [tasks.create_task(work) for work in (agent.run(), plugins.run(), _telling(agent, publisher))]
                 await ended.wait()
                 for task in running:
                     task.cancel()
 
 
-async def _telling(agent: Agent, tell: Callable[[], None]) -> None:
-    while True:
-        tell()
+async def _telling(agent: Agent, publisher: GpuPublisher | None) -> None:
+    """Not before it is known who holds what: routing would take the pods off their GPUs."""
+    while publisher is not None:
+        if agent.node.told:
+            publisher.update({str(one["spec"]["uuid"]): one for one in agent.objects()})
         await agent.changed()
 
 
@@ -117,8 +119,8 @@ class Plugins:
 
 
 @asynccontextmanager
-async def _agent(config: Config) -> AsyncIterator[tuple[Agent, Callable[[], None]]]:
-    """The agent, started, and how people are told of it."""
+async def _agent(config: Config) -> AsyncIterator[tuple[Agent, GpuPublisher | None]]:
+    """The agent, started, and who tells people of it; without a cluster they look at the admin API."""
     async with AsyncExitStack() as stack:
         clock = MonotonicClock()
         inventory = open_inventory(config.inventory)
@@ -137,11 +139,7 @@ async def _agent(config: Config) -> AsyncIterator[tuple[Agent, Callable[[], None
         await admin.start(config.admin)
         stack.push_async_callback(admin.stop)
         log.info("serving", node=config.node, gpus=len(node.cards), admin=str(admin.address))
-        yield agent, (lambda: publisher.update({str(one["spec"]["uuid"]): one for one in agent.objects()})) if publisher is not None else _nobody
-
-
-def _nobody() -> None:
-    """Without a cluster people look at the admin API."""
+        yield agent, publisher
 
 
 async def _world(config: Config, stack: AsyncExitStack) -> tuple[World, GpuPublisher | None]:

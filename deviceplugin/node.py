@@ -19,7 +19,8 @@ from deviceplugin.ledger import Ledger, Pending
 from deviceplugin.objects import Seen
 from deviceplugin.policies import Wanted
 from deviceplugin.ports import Device
-from meshctl.sharing import Gpu, Health, HealthRules, Mode, MpsPhase, MpsStatus, OnChange, Owner, Sharing, Slot
+from deviceplugin.tickets import hidden
+from meshctl.sharing import Gpu, Health, HealthRules, Mode, MpsPhase, MpsStatus, OnChange, Owner, Sharing, Slot, Ticket
 
 _HARD = ("resource", "mode", "replicas", "isolation", "oversubscription_ratio", "memory_limit", "clients_per_container")
 """What pods on a GPU were promised: it changes when there are none."""
@@ -181,9 +182,11 @@ class Node:
         if (card := self._cards.get(uuid)) is not None:
             self._cards[uuid] = replace(card, over=over)
 
-    def listed(self, held: Mapping[Slot, Owner], asked_at_s: float, hidden: Collection[Owner] = ()) -> None:
-        """The kubelet's word, as of `asked_at_s`; it says nothing of the owners `hidden`."""
-        self.ledger = self.ledger.observed(held, asked_at_s, hidden)
+    def listed(self, held: Mapping[Slot, Owner], asked_at_s: float, tickets: Collection[Ticket] | None = ()) -> None:
+        """The kubelet's word, as of `asked_at_s`; `tickets` of all pods of the node that have not ended (None: they are
+        not known yet)."""
+        alive = frozenset(ticket.owner for ticket in tickets or ())
+        self.ledger = self.ledger.observed(held, asked_at_s, None if tickets is None else hidden(tickets), alive)
         if not self.told:  # what the last run knew, and nobody has or holds: a card that was taken out
             gone = [uuid for uuid, card in self._cards.items() if not (card.present or self.busy(uuid))]
             for uuid in gone:

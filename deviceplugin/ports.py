@@ -149,6 +149,10 @@ class Mps(Protocol):
 
     def pipe_directory(self, uuid: str) -> str: ...
 
+    def left(self) -> tuple[str, ...]:
+        """UUIDs of GPUs whose daemon an earlier agent left, and nobody wants now."""
+        ...
+
     async def wait_changed(self) -> None:
         """Returns at the next change of any status."""
         ...

@@ -124,7 +124,7 @@ class FileView:
     def policies(self) -> Sequence[Policy] | None:
         return self._file.policies
 
-    def pods(self) -> Sequence[KubeObject]:
+    def pods(self) -> Sequence[KubeObject] | None:
         return ()
 
     async def fresh_pods(self, deadline_s: float) -> Sequence[KubeObject]:
@@ -195,8 +195,10 @@ class ClusterView:
             return None
         return [read.policy for _, read in sorted(self._take().items()) if read.policy is not None]
 
-    def pods(self) -> Sequence[KubeObject]:
-        """Of this node, as last seen, by namespace and name."""
+    def pods(self) -> Sequence[KubeObject] | None:
+        """Of this node, as last seen, by namespace and name; None while they are not known."""
+        if not self._pods.synced:
+            return None
         return [value for _, value in sorted(self._pods.objects.items())]
 
     async def fresh_pods(self, deadline_s: float) -> Sequence[KubeObject]:

@@ -6,6 +6,7 @@ would be. MPS is the stand-in of tests/harness/mps.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +18,7 @@ from meshctl.sharing import RESOURCE
 from tests.cluster.cluster import Cluster, Document
 from tests.cluster.node import IMAGE, NAME, Node
 from tests.harness.agent import AgentProcess, inventory
-from tests.harness.mps_control import BINARY
+from tests.harness.mps_control import BINARY, StandIn
 from tests.harness.tools import DEADLINE_S, Processes, until
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -46,9 +47,10 @@ class GpuNode(Processes):
                 part.up()
                 self._stack.callback(part.down)
             self._account()
-            self.policy(mode="MPS", replicas=SLOTS)
+            self.default_policy()
             self.gpus(*UUIDS)
             self.agent = self._agent()
+            self._stack.callback(self._end_mps)
             self._start(self.agent)
             self.allocatable(SLOTS * len(UUIDS))
         except BaseException:
@@ -72,10 +74,18 @@ class GpuNode(Processes):
             f"--mps-control={BINARY}",
         )
 
+    def _end_mps(self) -> None:
+        """Daemons outlive the agent, by design."""
+        for uuid in UUIDS:
+            asyncio.run(StandIn(self.agent.directory / "mps", uuid).clear())
+
     # ------------------------------------------------------------------------------------------------ what there is
 
     def gpus(self, *uuids: str) -> None:
         inventory(self.directory, *uuids)
+
+    def default_policy(self) -> None:
+        self.policy(mode="MPS", replicas=SLOTS, health={"recoverAfter": "1s"})
 
     def policy(self, name: str = "default", **spec: Any) -> None:
         document = {

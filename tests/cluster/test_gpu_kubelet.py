@@ -100,7 +100,7 @@ async def test_a_policy_change_waits_for_the_pods(gpu_node: GpuNode, namespace: 
         gpu_node.allocatable(4)
         assert {one["mode"] for one in (await gpu_node.status()).values()} == {"TimeSlicing"}
     finally:
-        gpu_node.policy(mode="MPS", replicas=SLOTS)
+        gpu_node.default_policy()
         gpu_node.allocatable(SLOTS * len(UUIDS))
 
 
