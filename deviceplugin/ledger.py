@@ -21,6 +21,8 @@ from meshctl.sharing import Owner, Slot, Ticket
 
 PENDING_S = 60.0
 """The kubelet shows the owner within a second of an Allocate that it accepted; a minute is for a very busy one."""
+GONE_S = 5.0
+"""The pods that are watched may be behind those by which the slot was given; not by as much as this."""
 UNKNOWN_TENANT = ""
 """Stands among the tenants of a GPU for a container of which nobody knows the namespace."""
 
@@ -129,7 +131,7 @@ class Ledger:
         held: Mapping[Slot, Owner],
         now_s: float,
         hidden: Collection[Owner] | None = (),
-        alive: Collection[Owner] = (),
+        alive: Collection[Owner] | None = None,
     ) -> Ledger:
         """After a listing that was asked for at `now_s`: what it shows is held, what it does not show is not.
 
@@ -137,17 +139,21 @@ class Ledger:
         are the owners that no listing shows (`tickets.hidden`): what may be theirs stays, too. None: the pods are not
         known (yet), so it may be anybody's. Listings must come in the order in which they were asked for.
 
-        `alive` are the containers of pods that have not ended, as the API server says. One that the listing does not
-        show at all keeps what it had: a kubelet that has just started may not know its pods yet, and does not for as
-        long as the API server is away.
+        `alive` are the containers of pods that have not ended, as the API server says; None: nobody knows. One that the
+        listing does not show at all keeps what it had: a kubelet that has just started may not know its pods yet, and
+        does not for as long as the API server is away. What was promised to nobody who is alive is free after `GONE_S`.
         """
         pending = {
             slot: promise
             for slot, promise in self.pending.items()
             if promise.at_s > now_s
-            or (slot not in held and (now_s - promise.at_s <= PENDING_S or _unseen(promise, hidden)))
+            or (
+                slot not in held
+                and (now_s - promise.at_s <= PENDING_S or _unseen(promise, hidden))
+                and not (now_s - promise.at_s > GONE_S and _ended(promise, alive))
+            )
         }
-        forgotten = frozenset(alive) - frozenset(held.values())
+        forgotten = frozenset(alive or ()) - frozenset(held.values())
         kept = {slot: owner for slot, owner in self.held.items() if owner in forgotten and slot not in held}
         shown = {**held, **kept}
         return Ledger({slot: owner for slot, owner in shown.items() if slot not in pending}, pending)
@@ -166,6 +172,11 @@ class Ledger:
             mine, promised = tuple(held.get(uuid, ())), tuple(pending.get(uuid, ()))
             found[uuid] = _OnGpu(frozenset(number for number, _ in (*mine, *promised)), mine, promised)
         return found
+
+
+def _ended(promise: Pending, alive: Collection[Owner] | None) -> bool:
+    """Everybody it may be for has ended: a pod that ended before a listing could show it."""
+    return alive is not None and bool(promise.owners) and not any(owner in alive for owner in promise.owners)
 
 
 def _unseen(promise: Pending, hidden: Collection[Owner] | None) -> bool:

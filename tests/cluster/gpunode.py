@@ -7,7 +7,7 @@ would be. MPS is the stand-in of tests/harness/mps.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -106,6 +106,18 @@ class GpuNode(Processes):
         """Status of the GPU objects on the API server, by UUID."""
         found = await self.cluster.get("gpus")
         return {one["spec"]["uuid"]: one.get("status", {}) for one in found["items"]}
+
+    async def until_status(self, holds: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
+        """Waits until what `status` returns fits; the kubelet is told before the API server."""
+        found: dict[str, Any] = {}
+
+        async def fits() -> bool:
+            found.clear()
+            found.update(await self.status())
+            return holds(found)
+
+        await until(fits, f"{what}; log: {self.agent.log}")
+        return found
 
     async def holders(self) -> dict[tuple[str, str, str], dict[str, tuple[int, ...]]]:
         """(namespace, pod, container) -> UUID -> numbers of its slots, as the GPU objects say."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
 
 import pytest
 
@@ -94,11 +95,11 @@ async def test_a_policy_change_waits_for_the_pods(gpu_node: GpuNode, namespace: 
     gpu_node.policy(mode="TimeSlicing", replicas=2)
     try:
         gpu_node.allocatable(SLOTS + 2)
-        status = await gpu_node.status()
-        assert (status[A]["mode"], status[A]["summary"]) == ("MPS", f"1/{SLOTS}")
+        status = await gpu_node.until_status(lambda found: found[B]["mode"] == "TimeSlicing", "B has changed")
+        assert (status[A]["mode"], status[A]["slots"]["total"]) == ("MPS", SLOTS)
         await gpu_node.delete(namespace, "server")
         gpu_node.allocatable(4)
-        assert {one["mode"] for one in (await gpu_node.status()).values()} == {"TimeSlicing"}
+        await gpu_node.until_status(lambda found: found[A]["mode"] == "TimeSlicing", "A has changed, too")
     finally:
         gpu_node.default_policy()
         gpu_node.allocatable(SLOTS * len(UUIDS))
@@ -131,3 +132,9 @@ async def test_an_impossible_ask_says_why_on_the_pod(gpu_node: GpuNode, namespac
     assert failed["status"]["reason"] == "UnexpectedAdmissionError"
     assert "NoRoom" in failed["status"]["message"]
     await gpu_node.until_holders("a", "b")
+
+
+def _healthy(status: Mapping[str, Any]) -> tuple[str, str]:
+    """Status and reason of the condition."""
+    found = next(one for one in status["conditions"] if one["type"] == "Healthy")
+    return found["status"], found["reason"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deviceplugin.ledger import PENDING_S, UNKNOWN_TENANT, Grant, Ledger, Pending
+from deviceplugin.ledger import GONE_S, PENDING_S, UNKNOWN_TENANT, Grant, Ledger, Pending
 from meshctl.sharing import Owner, Slot, Ticket
 
 A0, A1, A2, B0 = Slot("GPU-a", 0), Slot("GPU-a", 1), Slot("GPU-a", 2), Slot("GPU-b", 0)
@@ -69,6 +69,27 @@ def test_a_slot_that_is_offered_again_is_the_new_ones() -> None:
     ledger = Ledger({A0: OTHER}, {A1: Pending(1.0, frozenset({"y"}))}).granted([grant(A0, A1)], 2.0)
     assert ledger.held == {}
     assert {promise.namespaces for promise in ledger.pending.values()} == {frozenset({"x"})}
+
+
+def test_a_kubelet_that_forgot_its_pods_frees_nothing() -> None:
+    """Just started, it shows none while the API server is away; the API server said last that the pod lives."""
+    ledger = Ledger({A0: SERVER, A1: OTHER})
+    assert ledger.observed({}, 5.0, alive={SERVER}) == Ledger({A0: SERVER})
+    assert ledger.observed({B0: OTHER}, 5.0, alive={SERVER, OTHER}) == Ledger({A0: SERVER, B0: OTHER})
+
+
+def test_a_forgotten_owners_slot_is_whoever_the_kubelet_shows() -> None:
+    """Its word on a slot wins."""
+    assert Ledger({A0: SERVER}).observed({A0: OTHER}, 5.0, alive={SERVER, OTHER}) == Ledger({A0: OTHER})
+
+
+def test_what_was_promised_to_a_pod_that_ended_is_free_soon() -> None:
+    """It ended before a listing could show it. Not at once: the watched pods may be behind."""
+    promised = Ledger().granted([grant(A0)], 10.0).granted([grant(B0, owners=())], 10.0)
+    assert promised.observed({}, 10.0 + GONE_S, alive=()) == promised
+    assert set(promised.observed({}, 10.1 + GONE_S, alive=()).pending) == {B0}
+    assert promised.observed({}, 10.1 + GONE_S, alive={SERVER}) == promised
+    assert promised.observed({}, 10.1 + GONE_S) == promised
 
 
 def test_an_allocate_that_failed_is_withdrawn() -> None:
