@@ -23,6 +23,7 @@ from meshctl.api.gpulabels import GPU_PRODUCT, GPU_UUID
 from meshctl.sharing import RESOURCE
 from tests.cluster.cluster import Cluster, KubectlError
 from tests.cluster.verdicts import Server, asking
+from tests.harness.manifests import text
 from tests.harness.tools import completed, until
 
 pytestmark = [pytest.mark.cluster, pytest.mark.asyncio(loop_scope="module")]
@@ -112,8 +113,9 @@ def binding(name: str, **annotations: str) -> dict[str, Any]:
     )
 
 
-def installed(namespace: str) -> list[dict[str, Any]]:
-    """The policies under other names, for objects of `namespace` (or labelled so) alone; parameters from there."""
+def installed(namespace: str, parameters: str = "") -> list[dict[str, Any]]:
+    """The policies under other names, for objects of `namespace` (or labelled so) alone; parameters from there, or
+    from the namespace `parameters`."""
     with POLICIES.open() as stream:
         documents = [document for document in YAML(typ="safe").load_all(stream) if document]
     for document in documents:
@@ -130,7 +132,7 @@ def installed(namespace: str) -> list[dict[str, Any]]:
         if "paramRef" in spec:
             assert spec["paramRef"]["name"] == gpuresources.NAME
             assert spec["paramRef"]["namespace"] == gpuresources.NAMESPACE
-            spec["paramRef"]["namespace"] = namespace
+            spec["paramRef"]["namespace"] = parameters or namespace
     return documents
 
 
@@ -160,13 +162,7 @@ async def admission(cluster: Cluster) -> AsyncIterator[Admission]:
     namespace = await cluster.namespace("admission")
     async with asking(cluster, namespace) as server:
         yield await in_force(cluster, namespace, server, {RESOURCE: 10, OTHER: 0})
-    await cluster.kubectl(
-        "delete", "--filename=-", "--wait=false", stdin="\n---\n".join(map(_text, installed(namespace)))
-    )
-
-
-def _text(value: Any) -> str:
-    return orjson.dumps(value).decode()
+    await cluster.kubectl("delete", "--filename=-", "--wait=false", stdin=text(*installed(namespace)))
 
 
 @pytest.mark.parametrize(
@@ -275,7 +271,7 @@ async def test_a_pod_that_is_there_keeps_what_the_scheduler_wrote(cluster: Clust
         value = pod()
         value["metadata"] = {"name": name, "annotations": written}
         created = ("create", "--filename=-", "--namespace", admission.namespace, "--as=system:kube-scheduler")
-        await cluster.kubectl(*created, "--as-group=system:masters", stdin=_text(value))
+        await cluster.kubectl(*created, "--as-group=system:masters", stdin=text(value))
     bound, free = [await cluster.get("pod", name, "--namespace", admission.namespace) for name in ("bound", "free")]
 
     def with_annotations(value: dict[str, Any], **annotations: str) -> dict[str, Any]:
@@ -305,7 +301,7 @@ async def test_a_container_for_debugging_must_not_override_either(cluster: Clust
     for name, resource in (("shares", RESOURCE), ("alone", "")):
         value = pod(resource)
         value["metadata"] = {"name": name}
-        await cluster.kubectl("create", "--filename=-", "--namespace", admission.namespace, stdin=_text(value))
+        await cluster.kubectl("create", "--filename=-", "--namespace", admission.namespace, stdin=text(value))
         stored = await cluster.get("pod", name, "--namespace", admission.namespace)
         said = await admission.changed(
             beside(stored, "ephemeralContainers", NVIDIA_VISIBLE_DEVICES="all"), "ephemeralcontainers"
@@ -318,7 +314,7 @@ async def test_a_pod_from_before_the_policies_can_still_be_changed(cluster: Clus
     """A pod that would be refused now gets its status, its labels and its deletion."""
     namespace = await cluster.namespace("admission")
     old = {**pod(slots=50, CUDA_MPS_PIPE_DIRECTORY="/p"), "metadata": {"name": "old"}}
-    await cluster.kubectl("create", "--filename=-", "--namespace", namespace, stdin=_text(old))
+    await cluster.kubectl("create", "--filename=-", "--namespace", namespace, stdin=text(old))
     stored = await cluster.get("pod", "old", "--namespace", namespace)
     async with asking(cluster, namespace) as server:
         admission = await in_force(cluster, namespace, server, {RESOURCE: 10})

@@ -113,7 +113,6 @@ async def test_a_gpu_that_falls_off_the_bus_is_told_of_and_comes_back(gpu_node: 
     gpu_node.gpus(B)
     try:
         gpu_node.allocatable(SLOTS)
-        conditions = (await gpu_node.status())[A]["conditions"]
         healthy = next(one for one in conditions if one["type"] == "Healthy")
         assert (healthy["status"], healthy["reason"]) == ("False", "Lost")
         assert await gpu_node.holders() == holders

@@ -55,10 +55,9 @@ async def test_kubectl_tells_how_far_a_policy_is(cluster: Cluster, tmp_path: Pat
         before = await cluster.get("gsp", name), await config_map(cluster)
         async with run("second.log"):
             await cluster.apply(sharing_policy(late, nodeSelector=labels, resourceName=resource, priority=-1))
-            await until_told(cluster, late, "Conflict", "True", "Overruled")
+            words = f"policy {name} instead, whose priority 0 is higher than -1"
+            await until_told(cluster, late, "Conflict", "True", "Overruled", words)
         assert (await cluster.get("gsp", name), await config_map(cluster)) == before
-        message = (await cluster.get("gsp", late))["status"]["conditions"][-1]["message"]
-        assert f"policy {name} instead, whose priority 0 is higher than -1" in message
     finally:
         await cluster.kubectl("delete", "gsp", name, late, "--ignore-not-found")
         await cluster.kubectl("delete", "gpu", f"gpu-{name}", "--ignore-not-found")
@@ -81,12 +80,21 @@ async def say(cluster: Cluster, gpu: Mapping[str, Any]) -> None:
     await cluster.kubectl(*command)
 
 
-async def until_told(cluster: Cluster, policy: str, type_: str, status: str, reason: str) -> None:
-    async def holds() -> bool:
-        conditions = (await cluster.get("gsp", policy)).get("status", {}).get("conditions", ())
-        return (type_, status, reason) in [(c["type"], c["status"], c["reason"]) for c in conditions]
+async def until_told(cluster: Cluster, policy: str, type_: str, status: str, reason: str, *words: str) -> None:
+    """With all of `words` in the message."""
+    told: list[Any] = []
 
-    await until(holds, f"{policy}: {type_} is {status}, {reason}")
+    async def holds() -> bool:
+        told[:] = (await cluster.get("gsp", policy)).get("status", {}).get("conditions", ())
+        return any(
+            (type_, status, reason) == (c["type"], c["status"], c["reason"]) and all(w in c["message"] for w in words)
+            for c in told
+        )
+
+    try:
+        await until(holds, f"{policy}: {type_} is {status}, {reason}, {words}")
+    except AssertionError as late:
+        raise AssertionError(f"{late}: {told}") from late
 
 
 async def config_map(cluster: Cluster) -> Any:
