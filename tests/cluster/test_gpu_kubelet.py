@@ -113,8 +113,7 @@ async def test_a_gpu_that_falls_off_the_bus_is_told_of_and_comes_back(gpu_node: 
     gpu_node.gpus(B)
     try:
         gpu_node.allocatable(SLOTS)
-        healthy = next(one for one in conditions if one["type"] == "Healthy")
-        assert (healthy["status"], healthy["reason"]) == ("False", "Lost")
+        await gpu_node.until_status(lambda found: _healthy(found[A]) == ("False", "Lost"), "A is told to be lost")
         assert await gpu_node.holders() == holders
     finally:
         gpu_node.gpus(*UUIDS)
