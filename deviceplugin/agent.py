@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -87,6 +88,21 @@ class Holdings(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class _Advice:
+    """An answer to GetPreferredAllocation. The kubelet allocates right after it, for the same container."""
+
+    resource: str
+    size: int
+    pods: Sequence[KubeObject]
+    """By which it was found."""
+    at_s: float
+
+    def fits(self, resource: str, containers: Sequence[Sequence[str]], now_s: float) -> bool:
+        same = self.resource == resource and [self.size] == [len(ids) for ids in containers]
+        return same and now_s - self.at_s < FRESH_S
+
+
+@dataclass(frozen=True, slots=True)
 class Parts:
     """What the agent is made of."""
 
@@ -114,8 +130,7 @@ class Agent:
         self._allocating = asyncio.Lock()
         self._saving = asyncio.Lock()
         self._asking = asyncio.Lock()
-        self._asked: Sequence[KubeObject] | None = None
-        """Pods by which the last answer to GetPreferredAllocation was found: the kubelet allocates right after it."""
+        self._advised: _Advice | None = None
         self._saved: object = None
         self._changes: dict[str, asyncio.Task[None]] = {}
         self._problems: dict[str, str] = {}
@@ -149,7 +164,8 @@ class Agent:
         await self._changed.wait()
 
     async def preferred(self, resource: str, available: Sequence[str], must: Sequence[str], size: int) -> list[str]:
-        self._asked = pods = await self._pods(resource)
+        pods = await self._pods(resource)
+        self._advised = _Advice(resource, size, pods, self._now_s())
         asking = self._candidates(resource, size, pods)
         gpus = self.node.shared(self._now_s())
         return rules.prefer(resource, gpus, available, must, size, self.node.ledger, asking)
@@ -167,8 +183,9 @@ class Agent:
 
     async def _allocate(self, resource: str, containers: Sequence[Sequence[str]]) -> list[ContainerResponse]:
         await self._settled({Slot.parse(text).uuid for ids in containers for text in ids if _ours(text)})
-        pods = self._asked if self._asked is not None else await self._pods(resource)
-        self._asked = None
+        advised, self._advised = self._advised, None
+        known = advised is not None and advised.fits(resource, containers, self._now_s())
+        pods = advised.pods if advised is not None and known else await self._pods(resource)
         asking = [one for ids in containers for one in self._candidates(resource, len(ids), pods)]
         now_s = self._now_s()
         gpus = self.node.shared(now_s)
@@ -327,13 +344,13 @@ class Agent:
         self.node.counted(uuid, None if running is None else self._over(uuid, running))
 
     def _over(self, uuid: str, running: Sequence[int]) -> str | None:
-        sharing = self.node.cards[uuid].sharing
-        if sharing is None or not self.node.cards[uuid].by_mps:
+        card = self.node.cards.get(uuid)
+        if card is None or card.sharing is None or not card.by_mps:
             return None
         told = [pod["metadata"] for pod in self.parts.world.pods() or ()]
         pods = {metadata["uid"]: (metadata["namespace"], metadata["name"]) for metadata in told}
         owners = self.node.ledger.holders(uuid)
-        return "; ".join(excess(map(cgroup_of, running), pods, owners, sharing.clients_per_container))
+        return "; ".join(excess(map(cgroup_of, running), pods, owners, card.sharing.clients_per_container))
 
     async def _ask_kubelet(self) -> None:
         """Who holds what. When the kubelet does not say (UnavailableError), everything stays as it was."""
@@ -387,7 +404,13 @@ class Agent:
     def _spawn(self, key: str, work: Awaitable[None]) -> None:
         task = asyncio.ensure_future(work)
         self._changes[key] = task
-        task.add_done_callback(lambda done: self._changes.pop(key, None) if self._changes.get(key) is done else None)
+        task.add_done_callback(partial(self._ended, key))
+
+    def _ended(self, key: str, task: asyncio.Task[None]) -> None:
+        if self._changes.get(key) is task:
+            del self._changes[key]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("ended by a fault of this program", work=key or "save", exc_info=error)
 
     async def _change(self, card: Card) -> None:
         """Shares one GPU, on which nobody is, otherwise."""

@@ -213,7 +213,8 @@ class Node:
 
     def finished(self, uuid: str, *, changed: bool) -> None:
         card = self._cards[uuid]
-        self._cards[uuid] = replace(card, changing=False, sharing=card.wanted.sharing if changed else card.sharing)
+        taken = changed and not card.wanted.refused  # it may be another policy by now
+        self._cards[uuid] = replace(card, changing=False, sharing=card.wanted.sharing if taken else card.sharing)
 
     def devices(self, resource: str, now_s: float) -> tuple[Device, ...]:
         """All slots of `resource`. Those of an ill GPU are all ill; of one that drains, those that nobody holds."""
