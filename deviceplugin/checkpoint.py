@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import orjson
 from pydantic import TypeAdapter
@@ -54,7 +55,7 @@ class Checkpoint:
                 for slot, promise in sorted(saved.pending.items())
             ],
         }
-        self._file.save(orjson.dumps(body, default=sorted))  # a frozenset; the same state is the same bytes
+        self._file.save(orjson.dumps(body, default=_listed))
 
     def _saved(self, body: Body, now_s: float) -> Saved:
         shift_s = now_s - self._wall_s()
@@ -66,6 +67,12 @@ class Checkpoint:
             pending[Slot.parse(one["slot"])] = replace(promise, at_s=min(now_s, promise.at_s + shift_s))
         shifted = {one.gpu.uuid: SavedGpu(one.gpu, one.sharing, one.health.shifted(shift_s)) for one in gpus}
         return Saved(MappingProxyType(shifted), MappingProxyType(pending))
+
+
+def _listed(value: tuple[object, ...] | frozenset[Any]) -> list[Any]:
+    """What JSON has no word for. A set is sorted, so that the same state is the same bytes; the parts of an Owner keep
+    their order."""
+    return sorted(value) if isinstance(value, frozenset) else list(value)
 
 
 _GPU = TypeAdapter(SavedGpu)
