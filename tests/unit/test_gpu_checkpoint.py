@@ -68,7 +68,7 @@ def test_how_a_gpu_is_shared_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_the_same_state_is_the_same_bytes(tmp_path: Path) -> None:
     """Whatever the order in which sets and mappings came to be."""
-    turned = Saved(dict(reversed(SAVED.gpus.items())), dict(reversed(SAVED.pending.items())))
+    turned = Saved(dict(reversed(list(SAVED.gpus.items()))), dict(reversed(list(SAVED.pending.items()))))
     saved(tmp_path / "one", SAVED)
     saved(tmp_path / "two", turned)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
