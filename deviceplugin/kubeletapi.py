@@ -11,12 +11,14 @@ Source: k8s.io/kubelet/pkg/apis/deviceplugin/v1beta1/api.proto and .../podresour
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from betterproto2 import TYPE_BOOL, TYPE_INT32, TYPE_MAP, TYPE_MESSAGE, TYPE_STRING, Message, field, map_meta
 
 from deviceplugin import ports
+from meshctl.sharing import Owner
 
 VERSION = "v1beta1"
 HEALTHY, UNHEALTHY = "Healthy", "Unhealthy"
@@ -128,32 +130,6 @@ class AllocateResponse(Message):
     containers: list[ContainerAllocateResponse] = field(1, TYPE_MESSAGE, repeated=True)
 
 
-@dataclass(eq=False, repr=False)
-class ContainerDevices(Message):
-    """Of pod-resources: devices of one resource; one resource may stand in several of these (one per NUMA node)."""
-
-    resource: str = field(1, TYPE_STRING)
-    ids: list[str] = field(2, TYPE_STRING, repeated=True)
-
-
-@dataclass(eq=False, repr=False)
-class ContainerResources(Message):
-    name: str = field(1, TYPE_STRING)
-    devices: list[ContainerDevices] = field(2, TYPE_MESSAGE, repeated=True)
-
-
-@dataclass(eq=False, repr=False)
-class PodResources(Message):
-    name: str = field(1, TYPE_STRING)
-    namespace: str = field(2, TYPE_STRING)
-    containers: list[ContainerResources] = field(3, TYPE_MESSAGE, repeated=True)
-
-
-@dataclass(eq=False, repr=False)
-class ListPodResourcesResponse(Message):
-    pods: list[PodResources] = field(1, TYPE_MESSAGE, repeated=True)
-
-
 # -------------------------------------------------------------------------------------- from and to the agent's types
 
 
@@ -175,6 +151,74 @@ def _container(response: ports.ContainerResponse) -> ContainerAllocateResponse:
         annotations=dict(sorted(response.annotations.items())),
         cdi_devices=[CdiDevice(name) for name in response.cdi_devices],
     )
+
+
+class Shown(NamedTuple):
+    """Devices of one resource that a container has. One resource may stand in several of these (one per NUMA node, or
+    one per device)."""
+
+    owner: Owner
+    resource: str
+    ids: tuple[str, ...]
+
+
+def shown(data: bytes) -> Iterator[Shown]:
+    """What a ListPodResourcesResponse says. Raises ValueError when it is not whole.
+
+    Read without betterproto2: each Allocate is followed by one of these, and for 150 pods it took 5 ms, this 1 ms; and
+    it does not notice where a message ends too soon.
+    """
+    for pod in _parts(data).get(1, ()):
+        about_pod = _parts(pod)
+        for container in about_pod.get(3, ()):
+            about = _parts(container)
+            owner = Owner(_text(about_pod, 2), _text(about_pod, 1), _text(about, 1))
+            for devices in about.get(2, ()):
+                named = _parts(devices)
+                yield Shown(owner, _text(named, 1), tuple(text.decode() for text in named.get(2, ())))
+
+
+def _text(parts: Mapping[int, Sequence[bytes]], number: int) -> str:
+    """The last one counts, none is empty: so protobuf has it."""
+    return parts[number][-1].decode() if number in parts else ""
+
+
+def _parts(data: bytes) -> dict[int, list[bytes]]:
+    """The texts and messages in a message, by the number of their field; numbers are passed over."""
+    found: dict[int, list[bytes]] = {}
+    at = 0
+    try:
+        while at < len(data):
+            key, at = _varint(data, at)
+            match key & 7:
+                case 0:
+                    at = _varint(data, at)[1]
+                case 1:
+                    at += 8
+                case 2:
+                    length, at = _varint(data, at)
+                    found.setdefault(key >> 3, []).append(data[at : at + length])
+                    at += length
+                case 5:
+                    at += 4
+                case kind:
+                    raise ValueError(f"a field of wire type {kind}, which protobuf has not")
+    except IndexError as error:
+        raise ValueError("it ends within a number") from error
+    if at > len(data):
+        raise ValueError(f"{at - len(data)} bytes are missing at its end")
+    return found
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """The number at `at`, and where it ends: 7 bits a byte, the lowest first."""
+    value = data[at] & 0x7F
+    shift = 0
+    while data[at] & 0x80:
+        at += 1
+        shift += 7
+        value |= (data[at] & 0x7F) << shift
+    return value, at + 1
 
 
 def warm_up() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from types import MappingProxyType
 
 from deviceplugin.allocate import Shared
@@ -219,16 +220,17 @@ class Node:
     def devices(self, resource: str, now_s: float) -> tuple[Device, ...]:
         """All slots of `resource`. Those of an ill GPU are all ill; of one that drains, those that nobody holds."""
         return tuple(
-            Device(str(Slot(uuid, number)), self._given(card, number, now_s))
+            device
             for uuid, card in sorted(self._cards.items())
             if card.sharing is not None and card.sharing.resource == resource
-            for number in range(card.sharing.replicas)
+            for device in _devices(uuid, card.sharing.replicas, self._given(card, now_s))
         )
 
-    def _given(self, card: Card, number: int, now_s: float) -> bool:
+    def _given(self, card: Card, now_s: float) -> frozenset[int] | None:
+        """Numbers of the card's slots that are well; None: all."""
         if card.changing or not card.health(now_s).healthy or card.waits_for_mps:
-            return False
-        return not card.drains or number in self.ledger.used(card.gpu.uuid)
+            return frozenset()
+        return self.ledger.used(card.gpu.uuid) if card.drains else None
 
     def seen(self, uuid: str, now_s: float, driver: str) -> Seen:
         """What people are told of the GPU."""
@@ -252,3 +254,11 @@ class Node:
                 health = card.health(now_s)
                 found[uuid] = Shared(card.gpu, card.sharing, health.healthy, health.message or health.reason)
         return found
+
+
+@lru_cache(maxsize=256)
+def _devices(uuid: str, replicas: int, given: frozenset[int] | None) -> tuple[Device, ...]:
+    """The same objects each time: after each event all slots are compared with what the kubelet was told."""
+    return tuple(
+        Device(str(Slot(uuid, number)), healthy=given is None or number in given) for number in range(replicas)
+    )

@@ -12,7 +12,7 @@ Rejected: to take the checkpoint alone. It knows no names, and keeps pods that e
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from time import time
 from typing import NamedTuple
@@ -22,7 +22,7 @@ import orjson
 import structlog
 from grpc import aio
 
-from deviceplugin.kubeletapi import LIST_PODS, Empty, ListPodResourcesResponse
+from deviceplugin.kubeletapi import LIST_PODS, Empty, Shown, shown
 from meshctl.errors import UnavailableError
 from meshctl.sharing import Owner, Slot
 
@@ -95,12 +95,12 @@ class PodResources:
             self._believe(resources, {str(slot) for slot in held})
         return held
 
-    async def _list(self) -> ListPodResourcesResponse:
+    async def _list(self) -> tuple[Shown, ...]:
         if self._channel is None:
             self._channel = aio.insecure_channel(address(self._socket), options=CHANNEL)
         call = self._channel.unary_unary(LIST_PODS)
         try:
-            return ListPodResourcesResponse.parse(await call(bytes(Empty()), timeout=DEADLINE_S))
+            return tuple(shown(await call(bytes(Empty()), timeout=DEADLINE_S)))
         except (aio.AioRpcError, ValueError) as error:
             said = f"{error.code().name}: {error.details()}" if isinstance(error, aio.AioRpcError) else str(error)
             raise UnavailableError(
@@ -114,13 +114,10 @@ class PodResources:
         if channel is not None:
             await channel.close()
 
-    def _holders(self, answer: ListPodResourcesResponse, resources: Collection[str]) -> Iterator[tuple[Slot, Owner]]:
-        for pod in answer.pods:
-            for container in pod.containers:
-                owner = Owner(pod.namespace, pod.name, container.name)
-                for devices in container.devices:
-                    if devices.resource in resources:
-                        yield from ((slot, owner) for slot in self._slots(devices.resource, devices.ids, owner))
+    def _holders(self, answer: Sequence[Shown], resources: Collection[str]) -> Iterator[tuple[Slot, Owner]]:
+        for owner, resource, ids in answer:
+            if resource in resources:
+                yield from ((slot, owner) for slot in self._slots(resource, ids, owner))
 
     def _slots(self, resource: str, ids: Collection[str], owner: Owner) -> Iterator[Slot]:
         for text in ids:

@@ -6,6 +6,8 @@ one (1.37) it passes IDs in no order, removes all sockets in its directory when 
 is connected to already.
 """
 
+# ruff: noqa: RUF009  (betterproto2.field returns a dataclasses.field: nothing is shared between messages)
+
 from __future__ import annotations
 
 import asyncio
@@ -19,7 +21,8 @@ from typing import Any
 
 import grpc
 import orjson
-from betterproto2 import Message
+from betterproto2 import TYPE_MESSAGE, TYPE_STRING, Message
+from betterproto2 import field as proto_field
 from grpc import StatusCode, aio
 
 from deviceplugin import kubeletapi as api
@@ -262,14 +265,40 @@ class FakeKubelet:
         (self.plugin_dir / CHECKPOINT).write_bytes(orjson.dumps(data))
 
 
-def listed_pods(held: dict[tuple[Owner, str], list[str]]) -> api.ListPodResourcesResponse:
+@dataclass(eq=False, repr=False)
+class ContainerDevices(Message):
+    """Of pod-resources: devices of one resource; one resource may stand in several of these (one per NUMA node)."""
+
+    resource: str = proto_field(1, TYPE_STRING)
+    ids: list[str] = proto_field(2, TYPE_STRING, repeated=True)
+
+
+@dataclass(eq=False, repr=False)
+class ContainerResources(Message):
+    name: str = proto_field(1, TYPE_STRING)
+    devices: list[ContainerDevices] = proto_field(2, TYPE_MESSAGE, repeated=True)
+
+
+@dataclass(eq=False, repr=False)
+class PodResources(Message):
+    name: str = proto_field(1, TYPE_STRING)
+    namespace: str = proto_field(2, TYPE_STRING)
+    containers: list[ContainerResources] = proto_field(3, TYPE_MESSAGE, repeated=True)
+
+
+@dataclass(eq=False, repr=False)
+class ListPodResourcesResponse(Message):
+    pods: list[PodResources] = proto_field(1, TYPE_MESSAGE, repeated=True)
+
+
+def listed_pods(held: dict[tuple[Owner, str], list[str]]) -> ListPodResourcesResponse:
     """The answer of pod-resources List: a pod for each container, for that is all the same to a reader."""
-    return api.ListPodResourcesResponse(
+    return ListPodResourcesResponse(
         [
-            api.PodResources(
+            PodResources(
                 owner.pod,
                 owner.namespace,
-                [api.ContainerResources(owner.container, [api.ContainerDevices(resource, ids)])],
+                [ContainerResources(owner.container, [ContainerDevices(resource, ids)])],
             )
             for (owner, resource), ids in held.items()
         ]

@@ -16,6 +16,7 @@ from google.protobuf import (  # type: ignore[import-untyped]  # it has no type 
 
 from deviceplugin import kubeletapi as api
 from deviceplugin.ports import ContainerResponse, Device, DeviceNode, Mount
+from meshctl.sharing import Owner
 
 PROTO = """
 message DevicePluginOptions { bool pre_start_required = 1; bool get_preferred_allocation_available = 2; }
@@ -181,13 +182,19 @@ def test_we_read_who_holds_what_and_skip_the_rest() -> None:
     memory = [{"memory_type": "memory", "size": str(2**63), "topology": topology}]
     container = {"name": "main", "devices": devices, "cpu_ids": ["1", "7"], "memory": memory}
     pods = [{"name": "idle", "namespace": "a"}, {"name": "busy", "namespace": "b", "containers": [container]}]
-    answer = api.ListPodResourcesResponse.parse(bytes_of("ListPodResourcesResponse", {"pod_resources": pods}))
-    assert [(pod.namespace, pod.name, len(pod.containers)) for pod in answer.pods] == [
-        ("a", "idle", 0),
-        ("b", "busy", 1),
-    ]
-    [read] = answer.pods[1].containers
-    assert (read.name, [(d.resource, d.ids) for d in read.devices]) == (
-        "main",
-        [("hpe.com/gpus", IDS[:2]), ("hpe.com/gpus", IDS[2:])],
-    )
+    answer = tuple(api.shown(bytes_of("ListPodResourcesResponse", {"pod_resources": pods})))
+    owner = Owner("b", "busy", "main")
+    assert answer == ((owner, "hpe.com/gpus", tuple(IDS[:2])), (owner, "hpe.com/gpus", tuple(IDS[2:])))
+
+
+def test_who_holds_what_is_read_whole_or_not_at_all() -> None:
+    """Wherever the answer ends too soon, but for where a pod ends, it is refused: silence is not for free slots."""
+    device = {"resource_name": "hpe.com/gpus", "device_ids": IDS}
+    pods = [{"name": "a" * 200, "namespace": "ns", "containers": [{"name": "main", "devices": [device]}]}] * 2
+    data = bytes_of("ListPodResourcesResponse", {"pod_resources": pods})
+    assert [len(list(api.shown(data[:end]))) for end in (0, len(data) // 2, len(data))] == [0, 1, 2]
+    for end in set(range(1, len(data))) - {len(data) // 2}:
+        with pytest.raises(ValueError, match="end"):
+            list(api.shown(data[:end]))
+    with pytest.raises(ValueError, match="wire type 7"):
+        list(api.shown(b"\x0f"))
