@@ -216,19 +216,31 @@ class Agent:
 
     async def _pods(self, resource: str) -> Sequence[KubeObject]:
         """Of this node, at least those that the kubelet knows: what we watched may be behind what it watched, and to
-        steer by the plan of another pod is worse than to wait a few milliseconds. Between tenants it matters, too, who
-        is on the GPUs this very moment."""
-        sharings = (card.sharing for card in self.node.cards.values())
-        if any(one is not None and one.isolation is Isolation.TENANT and one.resource == resource for one in sharings):
-            try:
-                await self._ask_kubelet()
-            except UnavailableError as error:
-                log.warning("who holds what is as last seen", error=str(error))
+        steer by the plan of another pod is worse than to wait a few milliseconds. Sometimes it matters, too, who is on
+        the GPUs this very moment: between tenants, and when somebody seems to hold slots whose pod the kubelet has not
+        acknowledged: that may be the last pod of this name, and this one asks now (a StatefulSet's)."""
+        pods: Sequence[KubeObject] | None
         try:
-            return await self.parts.world.fresh_pods(FRESH_S)
+            pods = await self.parts.world.fresh_pods(FRESH_S)
         except MeshctlError as error:
             log.warning("the pods of the node are as last seen", error=str(error))
-            return self.parts.world.pods() or ()
+            pods = self.parts.world.pods()
+        if self._isolated(resource) or self._namesake(pods or ()):
+            try:
+                await self._ask_kubelet(pods)
+            except UnavailableError as error:
+                log.warning("who holds what is as last seen", error=str(error))
+        return pods or ()
+
+    def _isolated(self, resource: str) -> bool:
+        sharings = (card.sharing for card in self.node.cards.values())
+        return any(
+            one is not None and one.isolation is Isolation.TENANT and one.resource == resource for one in sharings
+        )
+
+    def _namesake(self, pods: Sequence[KubeObject]) -> bool:
+        holding = frozenset(self.node.ledger.held.values())
+        return any(ticket.owner in holding for ticket in self._tickets(pods) if not ticket.admitted)
 
     def _tickets(self, pods: Sequence[KubeObject]) -> list[Ticket]:
         resources = self.node.resources()
@@ -352,12 +364,13 @@ class Agent:
         owners = self.node.ledger.holders(uuid)
         return "; ".join(excess(map(cgroup_of, running), pods, owners, card.sharing.clients_per_container))
 
-    async def _ask_kubelet(self) -> None:
-        """Who holds what. When the kubelet does not say (UnavailableError), everything stays as it was."""
+    async def _ask_kubelet(self, pods: Sequence[KubeObject] | None = None) -> None:
+        """Who holds what; `pods` where they are known better than by watching. When the kubelet does not say
+        (UnavailableError), everything stays as it was."""
         async with self._asking:  # answers count in the order of the questions
             asked_at_s = self._now_s()
             held = await self.parts.holdings.held(self.node.resources())
-            pods = self.parts.world.pods()
+            pods = self.parts.world.pods() if pods is None else pods
             self.node.listed(held, asked_at_s, None if pods is None else self._tickets(pods))
 
     async def _hear_xids(self) -> None:

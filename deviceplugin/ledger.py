@@ -132,6 +132,7 @@ class Ledger:
         now_s: float,
         hidden: Collection[Owner] | None = (),
         alive: Collection[Owner] | None = None,
+        waiting: Collection[Owner] = (),
     ) -> Ledger:
         """After a listing that was asked for at `now_s`: what it shows is held, what it does not show is not.
 
@@ -142,6 +143,8 @@ class Ledger:
         `alive` are the containers of pods that have not ended, as the API server says; None: nobody knows. One that the
         listing does not show at all keeps what it had: a kubelet that has just started may not know its pods yet, and
         does not for as long as the API server is away. What was promised to nobody who is alive is free after `GONE_S`.
+        `waiting` are those of `alive` whose pod the kubelet has not acknowledged: what one of them had was another
+        pod's of the same name, which has ended (a StatefulSet's).
         """
         pending = {
             slot: promise
@@ -153,7 +156,7 @@ class Ledger:
                 and not (now_s - promise.at_s > GONE_S and _ended(promise, alive))
             )
         }
-        forgotten = frozenset(alive or ()) - frozenset(held.values())
+        forgotten = frozenset(alive or ()).difference(held.values(), waiting)
         kept = {slot: owner for slot, owner in self.held.items() if owner in forgotten and slot not in held}
         shown = {**held, **kept}
         return Ledger({slot: owner for slot, owner in shown.items() if slot not in pending}, pending)

@@ -186,10 +186,11 @@ class Node:
     def listed(self, held: Mapping[Slot, Owner], asked_at_s: float, tickets: Collection[Ticket] | None = ()) -> None:
         """The kubelet's word, as of `asked_at_s`; `tickets` of all pods of the node that have not ended (None: they are
         not known yet)."""
-        unseen, alive = None, None
+        unseen, alive, waiting = None, None, frozenset[Owner]()
         if tickets is not None:
             unseen, alive = hidden(tickets), frozenset(ticket.owner for ticket in tickets)
-        self.ledger = self.ledger.observed(held, asked_at_s, unseen, alive)
+            waiting = frozenset(ticket.owner for ticket in tickets if not ticket.admitted)
+        self.ledger = self.ledger.observed(held, asked_at_s, unseen, alive, waiting)
         if not self.told:  # what the last run knew, and nobody has or holds: a card that was taken out
             gone = [uuid for uuid, card in self._cards.items() if not (card.present or self.busy(uuid))]
             for uuid in gone:
