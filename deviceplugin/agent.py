@@ -48,7 +48,9 @@ class Pace:
     inventory_s: float = 5.0
     probe_s: float = 5.0
     kubelet_s: float = 1.0
-    """Between two looks at who holds what; one follows each Allocate at once."""
+    """Between two looks at who holds what; one follows each Allocate."""
+    gap_s: float = 0.2
+    """At least between two looks: many pods that start together are one, and an Allocate is not kept waiting by them."""
     retry_s: float = 5.0
     """Until a change of sharing that failed is tried again."""
 
@@ -139,7 +141,12 @@ class Agent:
     def problems(self) -> tuple[Problem, ...]:
         """What is wrong now, by activity."""
         own = tuple(Problem(activity, message) for activity, message in sorted(self._problems.items()))
-        return own + self.parts.world.problems()
+        return own + self._unshown() + self.parts.world.problems()
+
+    def _unshown(self) -> tuple[Problem, ...]:
+        names = ", ".join(map(str, sorted(self.node.unshown or ())))
+        waits = "no GPU is shared otherwise, and no MPS daemon ends, until it does or they end"
+        return (Problem("kubelet", f"does not show the slots of {names}; {waits}"),) if names else ()
 
     def objects(self) -> list[KubeObject]:
         """The GPU objects, in order of UUID, without times."""
@@ -276,7 +283,7 @@ class Agent:
             card = self.node.cards.get(uuid)
             asked = card.wanted.sharing if card is not None else None
             wanted_soon = asked is not None and asked.mode is Mode.MPS
-            if self.node.told and not self.node.busy(uuid) and not wanted_soon:
+            if self.node.empty(uuid) and not wanted_soon:
                 await self._unwant(uuid)
 
     async def _unwant(self, uuid: str) -> None:
@@ -304,7 +311,7 @@ class Agent:
             task.cancel()
         await asyncio.gather(*self._changes.values(), return_exceptions=True)
         for uuid, card in self.node.cards.items():
-            if card.by_mps and self.node.told and not self.node.busy(uuid):
+            if card.by_mps and self.node.empty(uuid):
                 await self._unwant(uuid)
         await self.parts.mps.stop()
 
@@ -324,6 +331,7 @@ class Agent:
             else:
                 self._problems.pop(activity, None)
             self._turn()
+            await asyncio.sleep(self._pace.gap_s)
 
     async def _follow(self, wait_changed: Callable[[], Awaitable[None]]) -> None:
         while True:

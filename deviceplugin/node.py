@@ -107,6 +107,9 @@ class Node:
         self.ledger = ledger
         self.told = False
         """The kubelet has said who holds what, since this run began."""
+        self.unshown: frozenset[Owner] | None = None
+        """Who has slots by the API server's word and was in no listing yet: the kubelet may not know its pods (again)
+        while they run. None: the pods were never known. Once it was empty it stays so: the ledger keeps them."""
 
     @classmethod
     def restored(cls, saved: Saved | None) -> Node:
@@ -191,11 +194,17 @@ class Node:
             unseen, alive = hidden(tickets), frozenset(ticket.owner for ticket in tickets)
             waiting = frozenset(ticket.owner for ticket in tickets if not ticket.admitted)
         self.ledger = self.ledger.observed(held, asked_at_s, unseen, alive, waiting)
-        if not self.told:  # what the last run knew, and nobody has or holds: a card that was taken out
-            gone = [uuid for uuid, card in self._cards.items() if not (card.present or self.busy(uuid))]
-            for uuid in gone:
-                del self._cards[uuid]
         self.told = True
+        if tickets is not None and self.unshown != frozenset():
+            running = frozenset(ticket.owner for ticket in tickets if ticket.admitted and not ticket.init)
+            self.unshown = running.difference(held.values())
+            if not self.unshown:
+                self._forget()
+
+    def _forget(self) -> None:
+        """What the last run knew, and nobody has or holds: cards that were taken out."""
+        for uuid in [uuid for uuid, card in self._cards.items() if not card.present and self.empty(uuid)]:
+            del self._cards[uuid]
 
     # --------------------------------------------------------------------------------------------------- what to do
 
@@ -204,11 +213,12 @@ class Node:
         return tuple(
             uuid
             for uuid, card in sorted(self._cards.items())
-            if card.outdated and not card.changing and (card.sharing is None or self._empty(uuid))
+            if card.outdated and not card.changing and (card.sharing is None or self.empty(uuid))
         )
 
-    def _empty(self, uuid: str) -> bool:
-        return self.told and not self.busy(uuid)
+    def empty(self, uuid: str) -> bool:
+        """It is known that nobody has a slot of the GPU: it may change, and its MPS daemon may end."""
+        return self.unshown == frozenset() and not self.busy(uuid)
 
     def begun(self, uuid: str) -> None:
         self._cards[uuid] = replace(self._cards[uuid], changing=True)

@@ -10,7 +10,7 @@ from deviceplugin.allocate import Grant
 from deviceplugin.node import Node
 from deviceplugin.policies import Refusal, Wanted
 from deviceplugin.ports import GpuLostError
-from meshctl.sharing import Gpu, HealthRules, Mode, MpsPhase, MpsStatus, OnChange, Owner, Sharing, Slot
+from meshctl.sharing import Gpu, HealthRules, Mode, MpsPhase, MpsStatus, OnChange, Owner, Sharing, Slot, Ticket
 
 A, B = "GPU-a", "GPU-b"
 SLICED = Sharing("sliced", 1, mode=Mode.TIME_SLICING, replicas=4)
@@ -221,6 +221,38 @@ def test_a_card_that_was_taken_out_while_the_agent_was_down_is_forgotten() -> No
     held.listed({Slot(A, 0): SERVER}, 1.0)
     assert set(gone.cards) == {B}
     assert set(held.cards) == {A, B}
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_a_gpu_is_not_taken_for_empty_on_the_word_of_a_kubelet_that_forgot_its_pods(known: bool) -> None:
+    """Kubelet and agent have started, and the API server was away: containers run on, and no listing shows them. What
+    they run on does not change, whether the pods are known or not, before each was shown once."""
+    again = Node.restored(_node(A, B).saved(0.0))
+    again.found([_gpu(A), _gpu(B)])
+    _ask(again, replace(SLICED, replicas=2))
+    runs = Ticket(SERVER, asked=1, admitted=True)
+    again.listed({}, 1.0, [runs] if known else None)
+    assert (again.due(), again.empty(A)) == ((), False)
+    assert again.unshown == ({SERVER} if known else None)
+    again.listed({Slot(A, 0): SERVER}, 2.0, [runs])
+    assert again.due() == (B,)
+    again.listed({}, 3.0, [runs])
+    assert again.ledger.holders(A) == {SERVER: (0,)}
+
+
+def test_who_is_not_shown_may_have_ended_or_be_about_to_start() -> None:
+    """A pod that ended before it was shown is waited for no longer; one that the kubelet has not acknowledged, or an
+    init container, is never shown and never waited for."""
+    again = Node.restored(_node().saved(0.0))
+    again.found([_gpu(A)])
+    comes, init = (
+        Ticket(Owner("team", "new", "main"), asked=1),
+        Ticket(Owner("team", "i", "init"), init=True, admitted=True),
+    )
+    again.listed({}, 1.0, [comes, init, Ticket(SERVER, asked=1, admitted=True)])
+    assert not again.empty(A)
+    again.listed({}, 2.0, [comes, init])
+    assert again.empty(A)
 
 
 def test_while_it_changes_no_slot_is_offered() -> None:
