@@ -324,7 +324,9 @@ async def _reaped(process: asyncio.subprocess.Process) -> None:
 
 
 def _processes(program: str, pipe: Path) -> tuple[Found, ...]:
-    """Reads /proc; blocks."""
+    """Reads /proc; blocks. What a container calls itself there is its own affair: its processes have another namespace
+    of process IDs, and are none of ours (one that was taken for the daemon would be moved out of its cgroup)."""
+    ours = (_PROC / "self/ns/pid").readlink()
     marker = b"CUDA_MPS_PIPE_DIRECTORY=" + os.fsencode(pipe)
     found = []
     for entry in _PROC.iterdir():
@@ -334,6 +336,8 @@ def _processes(program: str, pipe: Path) -> tuple[Found, ...]:
             words = (entry / "cmdline").read_bytes().split(b"\0")[:-1]
             role = _role(program, words)
             if role is None or marker not in (entry / "environ").read_bytes().split(b"\0"):
+                continue
+            if (entry / "ns/pid").readlink() != ours:
                 continue
         except OSError:  # it ended, or it is another user's: not one that we started
             continue

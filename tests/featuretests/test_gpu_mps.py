@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
-from collections.abc import AsyncIterator, Callable
+import subprocess
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -399,6 +401,43 @@ async def test_a_cgroup_that_is_none_is_said(node: Node, tmp_path: Path) -> None
     mps.want(gpu())
     await running(mps)
     assert "It ends with the agent's container" in mps.status("GPU-1").message
+
+
+async def test_a_container_that_calls_itself_a_daemon_is_none(node: Node, tmp_path: Path) -> None:
+    """A process of another namespace of process IDs, with the daemon's name, options and variables: it is neither moved
+    to the daemons' cgroup, nor ended with them."""
+    with _disguised(node.standin(), tmp_path) as fake:
+
+        async def ready() -> bool:
+            return (tmp_path / "ready").exists()
+
+        await until(ready, "the process in disguise runs")
+        assert await node.standin().processes() == []
+        mps = node.agent(cgroup=tmp_path / "cgroup")
+        mps.want(gpu())
+        daemon = await running(mps)
+        assert (tmp_path / "cgroup" / "cgroup.procs").read_text() == f"{daemon}\n"
+        await mps.unwant("GPU-1")
+        assert fake.poll() is None
+
+
+@contextlib.contextmanager
+def _disguised(standin: StandIn, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """What a container could do; it makes the file `ready`."""
+    program = directory / BINARY.name
+    program.write_text("#!/bin/sh\ntouch ready\nread line\n")
+    program.chmod(0o755)
+    fake = subprocess.Popen(
+        ["unshare", "--map-root-user", "--user", "--pid", "--fork", "--kill-child", program, "-d"],
+        stdin=subprocess.PIPE,
+        cwd=directory,
+        env={**os.environ, "CUDA_MPS_PIPE_DIRECTORY": str(standin.pipe)},
+    )
+    try:
+        yield fake
+    finally:
+        fake.kill()
+        fake.communicate(timeout=DEADLINE_S)
 
 
 async def test_a_long_log_is_emptied(node: Node) -> None:
