@@ -143,11 +143,16 @@ class MpsDaemons:
         return str(self._of(uuid).pipe)
 
     def left(self) -> tuple[str, ...]:
-        """UUIDs of GPUs that have a directory here, and no daemon that is wanted: left by an earlier agent."""
+        """UUIDs of GPUs that have a directory here, and no daemon that is wanted: left by an earlier agent.
+
+        Raises InputError when the root is no directory that can be read.
+        """
         try:
             names = sorted(entry.name for entry in self._root.iterdir() if entry.is_dir())
         except FileNotFoundError:
             return ()
+        except OSError as error:
+            raise InputError(f"--mps-root: {self._root} is no directory to work in: {error.strerror}") from error
         return tuple(name for name in names if name not in self._daemons)
 
     async def wait_changed(self) -> None:

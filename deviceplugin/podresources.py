@@ -67,7 +67,7 @@ def identity(path: Path) -> Identity | None:
     """None: nothing is there."""
     try:
         found = path.lstat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return Identity(found.st_dev, found.st_ino, found.st_ctime_ns)
 

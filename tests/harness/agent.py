@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from tests.harness.tools import ToolProcess, page
+from tests.harness.tools import DEADLINE_S, ToolProcess, free_ports, page
 
 PRODUCT = "Tesla V100-SXM2-16GB"
 
@@ -39,8 +40,11 @@ def policies(directory: Path, **specs: Mapping[str, Any]) -> Path:
     return path
 
 
+HASTY = Path(__file__).with_name("hasty_agent.py")
+
+
 class AgentProcess(ToolProcess):
-    """Ready when it serves its admin API. `options` go on top; a start that must fail is tested by running it."""
+    """Ready when it serves its admin API. `options` go on top; a `hasty` one looks at everything more often."""
 
     name = "agent"
 
@@ -51,8 +55,10 @@ class AgentProcess(ToolProcess):
         pod_resources: Path,
         *options: str | Path,
         environment: Mapping[str, str] | None = None,
+        hasty: bool = False,
     ) -> None:
         super().__init__(directory)
+        self._program = (sys.executable, HASTY) if hasty else (Path(sys.executable).with_name("meshctl"),)
         self._sockets = (f"--plugin-dir={plugin_dir}", f"--pod-resources={pod_resources}")
         self._options = options
         self._environment = environment or {}
@@ -70,7 +76,7 @@ class AgentProcess(ToolProcess):
 
     def command(self) -> Sequence[str | Path]:
         return (
-            Path(sys.executable).with_name("meshctl"),
+            *self._program,
             "agent",
             "--node=node-1",
             f"--state={self.directory / 'agent.json'}",
@@ -79,6 +85,25 @@ class AgentProcess(ToolProcess):
             *self._sockets,
             *self._options,
         )
+
+    def refused(self, *before: str) -> tuple[int, str]:
+        """Runs it where it can't start: its exit status and what it said. `before` is what runs the command, if any."""
+        self.ports = free_ports(self.port_count)
+        done = subprocess.run(
+            [*before, *self.command()], capture_output=True, text=True, timeout=DEADLINE_S, env=self.environment()
+        )
+        return done.returncode, done.stderr
+
+    def problems(self) -> list[str]:
+        """What /readyz says is wrong; empty while it is not ready."""
+        text = page(f"{self.url}/readyz")
+        found: list[str] = orjson.loads(text)["problems"] if text is not None else []
+        return found
+
+    def condition(self, uuid: str, type_: str) -> dict[str, Any]:
+        """Of one GPU object; empty when there is none."""
+        conditions = self.gpus().get(uuid, {}).get("conditions", ())
+        return next((one for one in conditions if one["type"] == type_), {})
 
     def gpus(self) -> dict[str, Any]:
         """Status of the GPU objects by UUID, as the agent tells."""

@@ -68,9 +68,12 @@ class Resource:
     """That were received."""
     fewest: int = 0
     """Healthy devices at any time since the first list."""
+    most: int = 0
 
     def update(self, healthy: dict[str, bool]) -> None:
-        self.fewest = sum(healthy.values()) if not self.lists else min(self.fewest, sum(healthy.values()))
+        count = sum(healthy.values())
+        self.fewest = min(self.fewest, count) if self.lists else count
+        self.most = max(self.most, count)
         self.healthy = healthy
 
 
@@ -180,13 +183,16 @@ class FakeKubelet:
 
         Raises AdmissionError; then nothing is held that was not.
         """
-        plugin = self._plugin(resource)
-        ids = await self._chosen(plugin, resource, count, list(reusable)[:count])
-        request = api.ContainersDeviceIds([api.DeviceIds(ids)])
-        answer = api.AllocateResponse.parse(await plugin.call(api.ALLOCATE, request))
+        ids = await self._chosen(self._plugin(resource), resource, count, list(reusable)[:count])
+        answer = await self.ask(resource, ids)
         self.held[owner, resource] = ids
         self._remember()
-        return answer.containers[0]
+        return answer[0]
+
+    async def ask(self, resource: str, *containers: list[str]) -> list[api.ContainerAllocateResponse]:
+        """An Allocate of these IDs, right or wrong; nothing is remembered of it. Raises AdmissionError."""
+        request = api.ContainersDeviceIds([api.DeviceIds(ids) for ids in containers])
+        return api.AllocateResponse.parse(await self._plugin(resource).call(api.ALLOCATE, request)).containers
 
     async def start_container(self, owner: Owner, resource: str) -> None:
         """What precedes each start of a container, the first as any other. Raises AdmissionError."""
