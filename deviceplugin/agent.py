@@ -208,7 +208,7 @@ class Agent:
             raise UnavailableError(
                 f"slots are not given while they cannot be written down: {self.parts.checkpoint.path}: {error.strerror}"
             ) from error
-        self._turn()
+        asyncio.get_running_loop().call_soon(self._turn)  # the container need not wait for it
         return answers
 
     async def pre_start(self, resource: str, ids: Sequence[str]) -> None:

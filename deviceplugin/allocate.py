@@ -25,7 +25,6 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import lru_cache
 from typing import NamedTuple
 
 from deviceplugin.ledger import Grant as Grant
@@ -347,10 +346,6 @@ def _free_by_ledger(ask: _Ask, shared: Shared) -> int:
 # --------------------------------------------------------------------------------------------------------------- IDs
 
 
-_parsed = lru_cache(maxsize=8192)(Slot.parse)
-"""The kubelet lists the same few hundred IDs again and again."""
-
-
 def _of(resource: str, gpus: Mapping[str, Shared], text: str) -> Slot | None:
     """The slot, if it is one that is shared as `resource` now."""
     try:
@@ -361,7 +356,7 @@ def _of(resource: str, gpus: Mapping[str, Shared], text: str) -> Slot | None:
 
 def _known(resource: str, gpus: Mapping[str, Shared], text: str) -> Slot:
     try:
-        slot = _parsed(text)
+        slot = Slot.parse(text)
     except ValueError as error:
         raise RefusedSlotsError(Reason.UNKNOWN_DEVICE, str(error)) from error
     if (shared := gpus.get(slot.uuid)) is None:

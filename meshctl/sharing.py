@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import lru_cache
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -34,8 +35,11 @@ class Slot(NamedTuple):
         return f"{self.uuid}{SEPARATOR}{self.number}"
 
     @classmethod
+    @lru_cache(maxsize=8192)
     def parse(cls, text: str) -> Slot:
-        """Raises ValueError for what is no device ID of ours; ``GPU-1::01`` and ``GPU-1::+1`` are none either."""
+        """Remembered: a kubelet lists the same few hundred again and again.
+
+        Raises ValueError for what is no device ID of ours; ``GPU-1::01`` and ``GPU-1::+1`` are none either."""
         uuid, found, number = text.rpartition(SEPARATOR)
         if not (found and uuid and number.isascii() and number.isdecimal() and str(int(number)) == number):
             raise ValueError(f"{text!r} is not UUID{SEPARATOR}SLOT")
