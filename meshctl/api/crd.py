@@ -49,6 +49,11 @@ def _condition(name: str, *, wide: bool = False) -> Column:
     return Column(name, f'.status.conditions[?(@.type=="{name}")].status', wide=wide)
 
 
+def _reason(title: str, condition: str, *, wide: bool = False) -> Column:
+    """Why the condition is as it is, where True and False say too little."""
+    return Column(title, f'.status.conditions[?(@.type=="{condition}")].reason', wide=wide)
+
+
 _AGE = Column("Age", ".metadata.creationTimestamp", "date")
 
 
@@ -133,8 +138,10 @@ RESOURCES = (
             Column("Mode", ".status.mode"),
             Column("Slots", ".status.summary"),
             _condition("Healthy"),
+            _reason("Shared", "Shared"),
             Column("Tenant", ".status.tenant"),
             _AGE,
+            _reason("Health", "Healthy", wide=True),
             Column("UUID", ".spec.uuid", wide=True),
             Column("CC", ".status.computeCapability", wide=True),
             Column("MPS", ".status.mps.state", wide=True),

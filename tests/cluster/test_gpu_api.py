@@ -150,17 +150,29 @@ async def test_a_policy_shows_at_a_glance(cluster: Cluster) -> None:
 
 
 async def test_a_nodes_gpus_show_at_a_glance(cluster: Cluster) -> None:
-    """`kubectl get gpus`: where, what, how it is shared, how full, healthy, whose; and -o wide the rest."""
+    """`kubectl get gpus`: where, what, how shared, how full, healthy, shared as wanted, whose; and -o wide the rest."""
     name = f"gpu-{secrets.token_hex(4)}"
     gpu = SMALLEST | {"metadata": {"name": name}, "spec": {"node": "n1", "uuid": name.upper()}}
     await cluster.apply(gpu)
-    await set_status(cluster, "gpu", name, STATUS | {"product": "V100", "conditions": [condition("Healthy", "True")]})
+    conditions = [condition("Healthy", "True"), condition("Shared", "False") | {"reason": "Draining"}]
+    await set_status(cluster, "gpu", name, STATUS | {"product": "V100", "conditions": conditions})
     header, row = (await cluster.kubectl("get", "gpus", name)).splitlines()
-    assert header.split() == ["NAME", "NODE", "PRODUCT", "MEMORY", "MODE", "SLOTS", "HEALTHY", "TENANT", "AGE"]
-    assert row.split()[:-1] == [name, "n1", "V100", "16Gi", "MPS", "3/10", "True", "team-a"]
+    assert header.split() == [
+        "NAME",
+        "NODE",
+        "PRODUCT",
+        "MEMORY",
+        "MODE",
+        "SLOTS",
+        "HEALTHY",
+        "SHARED",
+        "TENANT",
+        "AGE",
+    ]
+    assert row.split()[:-1] == [name, "n1", "V100", "16Gi", "MPS", "3/10", "True", "Draining", "team-a"]
     header, row = (await cluster.kubectl("get", "gpus", name, "--output=wide")).splitlines()
-    assert header.split()[9:] == ["UUID", "CC", "MPS", "POLICY"]
-    assert row.split()[9:] == [name.upper(), "7.0", "Running", "shared"]
+    assert header.split()[10:] == ["HEALTH", "UUID", "CC", "MPS", "POLICY"]
+    assert row.split()[10:] == ["Ok", name.upper(), "7.0", "Running", "shared"]
     read = validated(GPU, Document(await cluster.get("gpu", name), name, {}))
     assert (read.spec.node, read.status is not None) == ("n1", True)
     await cluster.kubectl("delete", "gpu", name)
