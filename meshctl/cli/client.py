@@ -6,6 +6,8 @@ Failures of the network, of HTTP and of what is no answer of theirs are mapped h
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from dataclasses import dataclass
 from typing import Annotated, TypeVar
 
@@ -50,7 +52,7 @@ def fetch(admin: str, path: str, type_: type[T], asked: Asked = CONTROLLER) -> T
     except aiohttp.InvalidURL as error:
         raise InputError(f"{admin!r} is no address ({asked.option}); write for example {asked.example}") from error
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        detail = str(error) or f"no answer within {TIMEOUT_S:g} s"
+        detail = _words(error) or f"no answer within {TIMEOUT_S:g} s"
         hint = f"is `{asked.command}` up, and {asked.option} its address?"
         raise MeshctlError(f"cannot reach the {asked.name} at {admin}: {detail}; {hint}") from error
     try:
@@ -62,6 +64,13 @@ def fetch(admin: str, path: str, type_: type[T], asked: Asked = CONTROLLER) -> T
     except (ValidationError, orjson.JSONDecodeError, KeyError, TypeError) as error:
         message = f"{url} did not answer as a meshctl {asked.name} of this version; is {asked.option} right?"
         raise MeshctlError(message) from error
+
+
+def _words(error: Exception) -> str:
+    """Of a connection that nobody took the cause alone: the address is told anyway."""
+    if isinstance(error, aiohttp.ClientConnectorError) and (cause := error.os_error).errno:
+        return str(cause.strerror) if isinstance(cause, socket.gaierror) else os.strerror(cause.errno)
+    return str(error)
 
 
 async def _get(url: str) -> tuple[int, bytes]:

@@ -9,7 +9,7 @@ import typer
 
 from meshctl.cli.output import Output, emit
 
-app = typer.Typer(help="Envoys that meshctl drives.", no_args_is_help=True)
+app = typer.Typer(help="Envoys that meshctl drives.", no_args_is_help=True, add_completion=False)
 
 
 @app.callback()

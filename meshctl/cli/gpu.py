@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from meshctl.cli.output import Output, OutputOption, console, emit, live
-from meshctl.errors import InputError, MeshctlError
+from meshctl.errors import InputError, MeshctlError, UnavailableError
 
 if TYPE_CHECKING:
     from meshctl.api.gpu import GPU
@@ -28,7 +28,7 @@ WatchOption = Annotated[bool, typer.Option("-w", "--watch", help="Keep showing i
 REFRESH_S = 2.0
 NOTHING = "no GPU objects: no agent has written one. Is `meshctl agent` running on the nodes with GPUs?"
 
-app = typer.Typer(help="GPUs that pods share.", no_args_is_help=True)
+app = typer.Typer(help="GPUs that pods share.", no_args_is_help=True, add_completion=False)
 
 
 @app.callback()
@@ -50,6 +50,8 @@ def map_command(
 
     if agent and (kubeconfig or context):
         raise InputError("--agent asks one agent, --kubeconfig and --context an API server: give one of them")
+    if watch and output is not Output.TABLE:
+        raise InputError(f"--watch draws: leave it out for -o {output}, or use `kubectl get gpus --watch`")
     nodes = frozenset(node or ())
 
     def found() -> list[KubeObject]:
@@ -103,7 +105,9 @@ async def _from_cluster(kubeconfig: Path | None, context: str | None) -> list[Ku
         try:
             return [KINDS["GPU"].kept(item) for item in (await client.list("GPU")).items]
         except AbsentError as error:
-            raise MeshctlError(f"{client.server} has no GPUs at all; install meshctl's CRDs there (crds/)") from error
+            raise MeshctlError(f"{client.server} knows no GPU objects; install meshctl's CRDs there (crds/)") from error
+        except UnavailableError as error:
+            raise UnavailableError(f"{error}; an agent answers without it: --agent HOST:18002") from error
 
 
 def _read(objects: Iterable[KubeObject]) -> list[GPU]:

@@ -21,7 +21,7 @@ from meshctl.sim.config import FleetConfig, fleet_config, load_fleet_config
 from meshctl.sim.fleet import Fleet, FleetInfo
 from meshctl.sim.load import Load, LoadConfig, LoadResult, allow_many_connections, calm_gc, parse_mix
 
-app = typer.Typer(help="A simulated GPU fleet and a load generator.", no_args_is_help=True)
+app = typer.Typer(help="A simulated GPU fleet and a load generator.", no_args_is_help=True, add_completion=False)
 T = TypeVar("T")
 
 FLEET_HELP = """Run a simulated fleet: a server per GPU that speaks Triton's HTTP API and metrics.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -13,7 +14,7 @@ from aiohttp import web
 from typer.testing import CliRunner
 
 from meshctl.cli.app import app
-from meshctl.errors import InputError, MeshctlError, RefusedError
+from meshctl.errors import InputError, MeshctlError, RefusedError, UnavailableError
 from tests.cluster.cluster import Cluster
 from tests.harness.gpus import gpu_object
 from tests.harness.tools import completed
@@ -21,6 +22,13 @@ from tests.harness.tools import completed
 pytestmark = pytest.mark.cluster
 NODE = f"map-{os.urandom(4).hex()}"
 UUIDS = (f"GPU-{NODE}-a", f"GPU-{NODE}-b")
+AWAY = """
+apiVersion: v1
+kind: Config
+clusters: [{name: away, cluster: {server: "http://127.0.0.1:1"}}]
+contexts: [{name: away, context: {cluster: away}}]
+current-context: away
+"""
 OBJECTS = (
     gpu_object(NODE, UUIDS[0], 4, [("serving", "resnet", "server", [0, 1]), ("serving", "bert", "server", [2])]),
     gpu_object(NODE, UUIDS[1], 4, [("research", "train", "main", [3])]),
@@ -122,3 +130,13 @@ async def test_what_is_no_agent_is_said_to_be_none(agent: str) -> None:
         await completed(run, "--agent", f"http://{agent}/other")
     with pytest.raises(InputError, match="give one of them"):
         await asyncio.to_thread(run, "--agent", agent, "--kubeconfig", "x")
+    with pytest.raises(InputError, match="--watch draws: leave it out for -o json"):
+        await asyncio.to_thread(run, "--agent", agent, "--watch", "-o", "json")
+
+
+async def test_where_the_api_server_is_away_an_agent_may_be_asked(tmp_path: Path) -> None:
+    """The error says so: at the worst hour the map is still to be had, node by node."""
+    kubeconfig = tmp_path / "kubeconfig"
+    kubeconfig.write_text(AWAY)
+    with pytest.raises(UnavailableError, match=r"an agent answers without it: --agent HOST:18002"):
+        await completed(run, "--kubeconfig", kubeconfig)

@@ -165,7 +165,7 @@ async def test_no_controller_is_a_clear_error() -> None:
     """Exit 1, the address, what to do, no traceback; with --debug the traceback."""
     outcome = await meshctl("status", "--admin", "http://127.0.0.1:1")
     assert outcome.status == 1
-    assert "cannot reach the controller at http://127.0.0.1:1" in outcome.err
+    assert "cannot reach the controller at http://127.0.0.1:1: Connection refused; is `meshctl run` up" in outcome.err
     assert "Traceback" not in outcome.err
     debugged = await meshctl("--debug", "status", "--admin", "http://127.0.0.1:1")
     assert debugged.status == 1
