@@ -84,8 +84,8 @@ async def _telling(agent: Agent, publisher: GpuPublisher | None) -> None:
 class Plugins:
     """One device plugin for each resource that has slots; each goes on alone when another can't."""
 
-    def __init__(self, directory: Path, agent: Agent, observe: Observe) -> None:
-        self._directory, self._agent, self._observe = directory, agent, observe
+    def __init__(self, directory: Path, agent: Agent, observe: Observe, retry_s: float = PLUGIN_RETRY_S) -> None:
+        self._directory, self._agent, self._observe, self._retry_s = directory, agent, observe, retry_s
         self._running: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -109,7 +109,10 @@ class Plugins:
                 await PluginServer(self._directory, resource, self._agent, self._observe).run()
             except MeshctlError as error:
                 log.warning("device plugin cannot serve, trying again", resource=resource, error=str(error))
-            await asyncio.sleep(PLUGIN_RETRY_S)
+            except Exception:  # whatever it is: a node without this task would have no slots, and nobody would know why
+                log.exception("device plugin failed, trying again", resource=resource)
+            self._agent.parts.metrics.failures.labels("device plugin").inc()
+            await asyncio.sleep(self._retry_s)
 
     async def _end(self, *resources: str) -> None:
         tasks = [self._running.pop(resource) for resource in resources]
