@@ -47,7 +47,9 @@ WATCHED = (KIND, "GPU", "Node")
 PASS_S = 1.0
 """Least time between two looks: agents of a whole cluster write at the same time when a policy changes."""
 LOOK_S = 5.0
-"""Most time between two: who leads may be another, and agents may have fallen silent."""
+"""Most time between two: agents may have fallen silent."""
+LEAD_S = 0.25
+"""Whoever has come to lead looks within this: at its first look it mostly did not yet."""
 CHECK_S = 60.0
 """How often the ConfigMap is read: somebody may have changed or deleted it."""
 REFUSED_S = 30.0
@@ -172,15 +174,24 @@ class GpuOperator:
 
     async def _run(self) -> None:
         while True:
+            led = self._leading()
             try:
                 await self.look()
             except Exception as error:  # whatever it is: the next change must find us here
                 log.exception("failed", activity="gpu operator")
                 self._failures[""] = Problem("GPU operator", f"failed: {type(error).__name__}: {error}")
             await asyncio.sleep(PASS_S)
+            await self._woken(led)
+
+    async def _woken(self, led: bool) -> None:
+        """Returns when an object has changed, who leads has, or `LOOK_S` have passed."""
+        for _ in range(int(LOOK_S / LEAD_S)):
+            if self._leading() != led:
+                break
             with suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_S):
+                async with asyncio.timeout(LEAD_S):
                     await self._objects.wait_changed()
+                    break
 
     # ------------------------------------------------------------------------------------------------------- policies
 

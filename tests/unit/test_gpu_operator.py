@@ -13,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from meshctl.api import gpuresources
+from meshctl.controller import gpuoperator
 from meshctl.controller.gpuclaims import GpuTotals
 from meshctl.controller.gpuoperator import CHECK_S, REFUSED_S, GpuOperator
 from meshctl.controller.metrics import Metrics
@@ -23,6 +24,7 @@ from tests.harness.controller import ManualClock
 from tests.harness.gpus import NOW, condition, gpu_object
 from tests.harness.manifests import sharing_policy
 from tests.harness.objects import MemoryObjects
+from tests.harness.tools import until
 
 CONFIG = ObjectKey("ConfigMap", "ns", gpuresources.NAME)
 
@@ -384,6 +386,27 @@ async def test_only_the_leader_writes(cluster: Operated) -> None:
     before = list(cluster.objects.writes)
     await follower.look()
     assert cluster.objects.writes == before
+
+
+async def test_whoever_comes_to_lead_speaks_though_nothing_else_changes(
+    cluster: Operated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first look is mostly before that: people would wait for the next one, which is for other things."""
+    monkeypatch.setattr(gpuoperator, "LOOK_S", 1e4)
+    cluster.policy("p")
+    cluster.leads = False
+    cluster.operator.start()
+    try:
+        await until(lambda: _is(cluster.operator.totals() != GpuTotals()), "it has looked")
+        assert cluster.objects.writes == []
+        cluster.leads = True
+        await until(lambda: _is(cluster.objects.writes != []), "it has written")
+    finally:
+        await cluster.operator.stop()
+
+
+async def _is(it: bool) -> bool:
+    return it
 
 
 async def test_an_api_server_that_is_away_is_written_to_later(cluster: Operated) -> None:
