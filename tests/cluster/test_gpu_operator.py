@@ -81,13 +81,16 @@ async def say(cluster: Cluster, gpu: Mapping[str, Any]) -> None:
 
 
 async def until_told(cluster: Cluster, policy: str, type_: str, status: str, reason: str, *words: str) -> None:
-    """With all of `words` in the message."""
+    """Of the policy as it is now, with all of `words` in the message."""
     told: list[Any] = []
 
     async def holds() -> bool:
-        told[:] = (await cluster.get("gsp", policy)).get("status", {}).get("conditions", ())
+        found = await cluster.get("gsp", policy)
+        told[:] = found.get("status", {}).get("conditions", ())
+        about = (type_, status, reason, found["metadata"]["generation"])
         return any(
-            (type_, status, reason) == (c["type"], c["status"], c["reason"]) and all(w in c["message"] for w in words)
+            about == (c["type"], c["status"], c["reason"], c["observedGeneration"])
+            and all(word in c["message"] for word in words)
             for c in told
         )
 
