@@ -8,6 +8,7 @@ around one source; a failure of a source is a problem with words, asked again, n
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -370,7 +371,8 @@ class Agent:
         told = [pod["metadata"] for pod in self.parts.world.pods() or ()]
         pods = {metadata["uid"]: (metadata["namespace"], metadata["name"]) for metadata in told}
         owners = self.node.ledger.holders(uuid)
-        return "; ".join(excess(map(cgroup_of, running), pods, owners, card.sharing.clients_per_container))
+        allowed, own = card.sharing.clients_per_container, cgroup_of(os.getpid())
+        return "; ".join(excess(map(cgroup_of, running), pods, owners, allowed, own))
 
     async def _ask_kubelet(self, pods: Sequence[KubeObject] | None = None) -> None:
         """Who holds what; `pods` where they are known better than by watching. When the kubelet does not say
@@ -451,7 +453,6 @@ class Agent:
             self.parts.mps.want(card.gpu)
         if done:
             self._problems.pop(f"change {uuid}", None)
-            log.info("shared otherwise", gpu=uuid, policy=new.policy if new else None, mode=new.mode if new else None)
         self._turn()
 
     # ------------------------------------------------------------------------------------------------------- the disk

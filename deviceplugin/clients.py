@@ -24,14 +24,15 @@ def pod_uid(cgroup: str) -> str | None:
 
 
 def excess(
-    cgroups: Iterable[str], pods: Mapping[str, tuple[str, str]], holders: Iterable[Owner], allowed: int
+    cgroups: Iterable[str], pods: Mapping[str, tuple[str, str]], holders: Iterable[Owner], allowed: int, own: str = ""
 ) -> tuple[str, ...]:
     """What is too much on one GPU, in words, sorted; empty when nothing is.
 
-    `cgroups` of the processes that compute on it (MPS servers left out), `pods` (namespace, name) by UID, `holders` of
-    its slots, `allowed` processes per container.
+    `cgroups` of the processes that compute on it, `pods` (namespace, name) by UID, `holders` of its slots, `allowed`
+    processes per container. In our `own` cgroup are the MPS servers that could not be moved out of it: nobody's excess.
     """
-    running = Counter(pods[uid] for uid in map(pod_uid, cgroups) if uid is not None and uid in pods)
+    others = (pod_uid(cgroup) for cgroup in cgroups if cgroup != own)
+    running = Counter(pods[uid] for uid in others if uid is not None and uid in pods)
     containers = Counter((owner.namespace, owner.pod) for owner in holders)
     return tuple(
         f"{namespace}/{name} has {count} processes on the GPU and limits for {limit}"

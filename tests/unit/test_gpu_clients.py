@@ -47,3 +47,12 @@ def test_more_processes_than_the_limits_are_for_are_told_of() -> None:
 def test_processes_of_no_pod_are_nobodys() -> None:
     """What runs outside of Kubernetes is not held against a pod."""
     assert excess(["0::/user.slice"], {UID: ("a", "server")}, [Owner("a", "server", "c")], 1) == ()
+
+
+def test_an_mps_server_beside_the_agent_is_no_pods_excess() -> None:
+    """Where it can't be moved to a cgroup of its own it is in that of the agent's pod, which holds no slots."""
+    agent, server = f"0::/kubepods/pod{UID}/agent", f"0::/kubepods/pod{UID.replace('1', '2')}/x"
+    pods = {UID: ("meshctl-agent", "agent"), UID.replace("1", "2"): ("a", "server")}
+    holders = [Owner("a", "server", "c")]
+    assert excess([agent, server], pods, holders, 1, own=agent) == ()
+    assert excess([agent, server], pods, holders, 1) != ()
