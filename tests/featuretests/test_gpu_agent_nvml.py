@@ -5,16 +5,30 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
+from deviceplugin.agent import Agent, Parts
+from deviceplugin.checkpoint import Checkpoint
+from deviceplugin.metrics import Metrics
+from deviceplugin.mps import MpsDaemons
+from deviceplugin.node import Node
+from deviceplugin.nvml import NvmlInventory
+from deviceplugin.podresources import PodResources
+from deviceplugin.watch import FileView, PolicyFile
+from meshctl.controller.clock import MonotonicClock
+from meshctl.ports import KubeObject
 from meshctl.sharing import RESOURCE, Owner, Slot
+from tests.harness import hasty_agent
 from tests.harness.agent import AgentProcess
 from tests.harness.fake_kubelet import AdmissionError
 from tests.harness.gpu_site import ONE, SLICED, SPACED, TWO, GpuSite, gpu_site, holders, told
-from tests.harness.mps_control import Client, alive
+from tests.harness.mps_control import BINARY, Client, alive
 from tests.harness.tools import DEADLINE_S, until
 
 A, B, C = (Owner("team", pod, "main") for pod in "abc")
@@ -322,3 +336,85 @@ async def test_20_more_replicas_than_mps_has_clients_are_refused_and_what_is_in_
         assert len(site.kubelet.devices(RESOURCE)) == 8
         site.policies(default={**SPACED, "replicas": 48})
         await told(agent, held, "Shared", "WaitingForPods")
+
+
+# ------------------------------------------------------------------------------------------------------- within limits
+
+
+class Crowd(FileView):
+    """A cluster of which only the pods are known."""
+
+    def __init__(self, file: PolicyFile, pods: Mapping[Owner, str]) -> None:
+        super().__init__("node-1", file)
+        self._pods = [
+            {"metadata": {"namespace": owner.namespace, "name": owner.pod, "uid": uid}, "spec": {}, "status": {}}
+            for owner, uid in pods.items()
+        ]
+
+    def pods(self) -> Sequence[KubeObject]:
+        return self._pods
+
+
+@pytest.fixture
+def pod_of_a() -> Iterator[Path]:
+    """A cgroup like those that the kubelet makes for pods; gone with the test."""
+    mounted = Path("/sys/fs/cgroup")
+    unified = (mounted / "cgroup.procs").exists()
+    above = (mounted if unified else mounted / "systemd") / f"meshctl-test-{uuid4()}"
+    path = above / f"kubepods-pod{str(uuid4()).replace('-', '_')}.slice"
+    try:
+        path.mkdir(parents=True)
+    except OSError as error:
+        pytest.skip(f"no cgroup can be made here: {error}")
+    yield path
+    path.rmdir()
+    above.rmdir()
+
+
+async def test_a_pod_with_more_processes_than_its_share_is_for_is_named(
+    site: GpuSite, pod_of_a: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MPS limits processes: two of them have twice the container's share. Told for as long as there are two."""
+    site.driver.load(monkeypatch)
+    file = PolicyFile(site.policies(default=SPACED))
+    uid = pod_of_a.stem.removeprefix("kubepods-pod").replace("_", "-")
+    site.kubelet.held[A, RESOURCE] = [str(Slot(ONE.uuid, 0))]
+    async with AsyncExitStack() as stack:
+        gpus = NvmlInventory(DEADLINE_S, event_wait_ms=50)
+        stack.push_async_callback(gpus.close)
+        holdings = PodResources(site.kubelet.pod_resources, site.kubelet.plugin_dir)
+        stack.push_async_callback(holdings.close)
+        node, state = Node.restored(None), Checkpoint(site.state)
+        mps = MpsDaemons(BINARY, site.root / "m", gpus, busy=node.busy)
+        world = Crowd(file, {A: uid})
+        parts = Parts("node-1", gpus, mps, holdings, world, state, MonotonicClock(), Metrics())
+        agent = Agent(parts, node, hasty_agent.PACE)
+        stack.push_async_callback(agent.stop)
+        await agent.start()
+        running = asyncio.create_task(agent.run())
+        stack.callback(running.cancel)
+        first, second, stranger = (stack.enter_context(Client()) for _ in range(3))
+
+        async def says(reason: str) -> str:
+            """Waits for it; its words."""
+            async with asyncio.timeout(DEADLINE_S):
+                while True:
+                    conditions = {one["type"]: one for one in agent.objects()[0]["status"]["conditions"]}
+                    if conditions["WithinLimits"]["reason"] == reason and agent.devices(RESOURCE)[0].healthy:
+                        return str(conditions["WithinLimits"]["message"])
+                    await agent.changed()
+
+        assert await says("WithinLimits") == ""
+        for client in (first, second):
+            (pod_of_a / "cgroup.procs").write_text(f"{client.pid}\n")
+        site.driver.processes(ONE.uuid, [stranger.pid], [first.pid])
+        assert await says("WithinLimits") == ""
+        site.driver.processes(ONE.uuid, [stranger.pid], [first.pid, second.pid])
+        assert await says("TooManyProcesses") == "team/a has 2 processes on the GPU and limits for 1"
+        assert list(agent.node.ledger.held.values()) == [A]
+        second.end()
+        site.driver.processes(ONE.uuid, [stranger.pid], [first.pid])
+        assert await says("WithinLimits") == ""
+        first.end()
+        running.cancel()
+        await asyncio.wait([running])
