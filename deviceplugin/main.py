@@ -18,6 +18,7 @@ from deviceplugin.admin import AdminServer
 from deviceplugin.agent import Agent, Pace, Parts, World
 from deviceplugin.checkpoint import Checkpoint
 from deviceplugin.inventory import open_inventory
+from deviceplugin.journal import Journal
 from deviceplugin.lock import sole_agent
 from deviceplugin.metrics import Metrics
 from deviceplugin.mps import MpsDaemons
@@ -74,10 +75,14 @@ async def serve(config: Config, ended: asyncio.Event) -> None:
 
 
 async def _telling(agent: Agent, publisher: GpuPublisher | None) -> None:
-    """Not before it is known who holds what: routing would take the pods off their GPUs."""
-    while publisher is not None:
-        if agent.node.told:
-            publisher.update({str(one["spec"]["uuid"]): one for one in agent.objects()})
+    """People, by the log and by GPU objects; those not before it is known who holds what: routing would take the pods
+    off their GPUs."""
+    journal = Journal()
+    while True:
+        objects = {str(one["spec"]["uuid"]): one for one in agent.objects()}
+        journal.follow(objects, agent.parts.clock.now_s())
+        if publisher is not None and agent.node.told:
+            publisher.update(objects)
         await agent.changed()
 
 

@@ -260,9 +260,10 @@ _TOLD_ELSEWHERE = frozenset({"Changing", "MpsStarting", "MpsFailed", "MpsOff", *
 
 
 def _asked(status: StatusObject) -> tuple[Any, ...]:
-    policy = status.get("policy")
-    policy = policy if isinstance(policy, Mapping) else {}
-    return tuple(policy.get(name) for name in ("name", "generation", "wanted", "wantedGeneration"))
+    """By whom and how: a policy in a file has always the same generation."""
+    policy, slots = (found if isinstance(found := status.get(name), Mapping) else {} for name in ("policy", "slots"))
+    of_policy = (policy.get(name) for name in ("name", "generation", "wanted", "wantedGeneration"))
+    return (*of_policy, status.get("mode"), status.get("resourceName"), slots.get("total"))
 
 
 def _of_health(was: _Condition, now: _Condition) -> Iterator[Notice]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import orjson
 import pytest
 
 from meshctl.sharing import RESOURCE, Owner, Slot
@@ -54,3 +55,30 @@ async def test_gpus_are_slots_of_the_kubelets(tmp_path: Path, kubelet: FakeKubel
         ]
         assert agent.gpus()[slots[0].uuid]["summary"] == "3/4"
         assert agent.memory_mib < 100
+
+
+async def test_the_log_tells_what_becomes_of_a_gpu(tmp_path: Path, kubelet: FakeKubelet) -> None:
+    """Without a cluster there are no Events: how it is shared, and that it is not well and why, each once."""
+    inventory(tmp_path, "GPU-1", "GPU-2")
+    policies(tmp_path, default=SLICED)
+    async with _agent(tmp_path, kubelet) as agent:
+        await kubelet.has(RESOURCE, 8)
+        inventory(tmp_path, "GPU-1")
+        await kubelet.has(RESOURCE, 4)
+        policies(tmp_path, default=SLICED | {"replicas": 2})
+        await kubelet.has(RESOURCE, 2)
+
+        def told(gpu: str) -> list[tuple[str, str]]:
+            found = (orjson.loads(line) for line in agent.log.read_text().splitlines())
+            return [(one["event"], one["message"]) for one in found if one.get("gpu") == gpu and "message" in one]
+
+        async def last() -> bool:
+            return len(told("GPU-1")) >= 2
+
+        await until(last, f"the last change is told; log: {agent.log}")
+        shared = [f"TimeSlicing, {slots} slots of hpe.com/gpus (policy default, generation 0)" for slots in (4, 2)]
+        assert told("GPU-1") == [("PolicyInForce", message) for message in shared]
+        assert told("GPU-2")[:2] == [
+            ("PolicyInForce", shared[0]),
+            ("GpuUnhealthy", "Lost: GPU-2 is not among the GPUs of this node any more"),
+        ]
