@@ -51,7 +51,7 @@ class Pace:
     kubelet_s: float = 1.0
     """Between two looks at who holds what; one follows each Allocate."""
     gap_s: float = 0.2
-    """At least between two looks: many pods that start together are one, and an Allocate is not kept waiting by them."""
+    """At least between two looks: many pods that start together are one, and keep no Allocate waiting."""
     retry_s: float = 5.0
     """Until a change of sharing that failed is tried again."""
 
@@ -307,7 +307,8 @@ class Agent:
             tasks.create_task(self._follow(self.parts.world.wait_changed), name="world")
 
     async def stop(self) -> None:
-        """Ends what waits. MPS daemons of GPUs that nobody holds are ended too; those of others run on."""
+        """Ends what waits. MPS daemons of GPUs that nobody holds are ended too; those of others run on. Nothing is
+        written afterwards: the next agent may read."""
         for task in self._changes.values():
             task.cancel()
         await asyncio.gather(*self._changes.values(), return_exceptions=True)
@@ -315,6 +316,8 @@ class Agent:
             if card.by_mps and self.node.empty(uuid):
                 await self._unwant(uuid)
         await self.parts.mps.stop()
+        if self.node.cards and self._durable() != self._saved:
+            await self._save_soon()
 
     async def _every(self, activity: str, look: Callable[[], Awaitable[None]], every_s: float) -> None:
         wake = self._look if activity == "kubelet" else asyncio.Event()

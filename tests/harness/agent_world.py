@@ -64,6 +64,16 @@ class Shown:
         return self._kubelet.listing()
 
 
+class LaterClock(MonotonicClock):
+    """The machine's, put forward at will."""
+
+    def __init__(self) -> None:
+        self.ahead_s = 0.0
+
+    def now_s(self) -> float:
+        return super().now_s() + self.ahead_s
+
+
 class World:
     """A node of two GPUs of four slots, its kubelet, and its API server."""
 
@@ -73,7 +83,8 @@ class World:
         node = Node.restored(None)
         mps = MpsDaemons(Path("none"), directory / "mps", gpus, busy=node.busy)
         state = Checkpoint(directory / "agent.json")
-        parts = Parts("node-1", gpus, mps, Shown(self.kubelet), self.cluster, state, MonotonicClock(), Metrics())
+        self.clock = LaterClock()
+        parts = Parts("node-1", gpus, mps, Shown(self.kubelet), self.cluster, state, self.clock, Metrics())
         self.agent = Agent(parts, node)
 
     async def start(self) -> None:
@@ -99,6 +110,9 @@ class World:
         """The agent has heard of all, and asked the kubelet."""
         self.cluster.told()
         await self.agent._ask_kubelet()  # noqa: SLF001 (what its loop does every second)
+
+    def later(self, by_s: float) -> None:
+        self.clock.ahead_s += by_s
 
     def gone(self, pod: Pod) -> None:
         """It has ended, and is deleted."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from deviceplugin.ledger import GONE_S
 from meshctl.sharing import RESOURCE, Isolation, Slot
 from tests.harness.agent_world import A, B, World
 from tests.harness.model_kubelet import Container, Pod
@@ -54,3 +55,45 @@ async def test_what_a_refused_pod_was_judged_by_is_not_the_next_ones(world: Worl
     mine = _pod("next", namespace="x")
     world.cluster.live.append(mine.object())
     assert await world.agent.allocate(RESOURCE, [[str(Slot(A, 3))]])
+
+
+async def test_what_happened_last_is_known_to_the_next_run(world: World) -> None:
+    """An XID, and the agent is told to end before it has written that down."""
+    world.agent.node.xid(79, B, world.agent.parts.clock.now_s())
+    await world.agent.stop()
+    saved = world.agent.parts.checkpoint.load(0.0)
+    assert saved is not None
+    assert {uuid: one.health.xids for uuid, one in saved.gpus.items()} == {A: (), B: (79,)}
+
+
+async def test_15_to_ask_what_an_allocation_would_be_changes_nothing(world: World) -> None:
+    """The kubelet may ask for what it prefers and think better of it: whole GPUs stay free, and the next one gets them.
+    The scheduler's Filter asks the same rules, and comes with the extender."""
+    free = sorted(world.kubelet.healthy[RESOURCE])
+    before = world.agent.node.saved(0.0), world.agent.node.ledger, world.agent.devices(RESOURCE)
+    answers = [await world.agent.preferred(RESOURCE, free, [], 4) for _ in range(3)]
+    assert answers[0] == answers[1] == answers[2]
+    assert (world.agent.node.saved(0.0), world.agent.node.ledger, world.agent.devices(RESOURCE)) == before
+
+
+async def test_16_a_pod_that_something_else_refuses_leaves_no_reservation(world: World) -> None:
+    """Its Allocate was answered, and then the kubelet refused the pod: a moment later its slots are free."""
+    pod = _pod("unlucky", (A, 4))
+    assert await world.ran(pod) == ""
+    assert world.agent.node.ledger.used(A) == {0, 1, 2, 3}
+    world.gone(pod)
+    world.later(GONE_S + 1.0)
+    await world.looked()
+    assert world.agent.node.ledger.used(A) == set()
+    assert await world.ran(_pod("next", (A, 4))) == ""
+
+
+async def test_19_a_forged_annotation_takes_nothing_from_anybody(world: World) -> None:
+    """One that came past admission, for a GPU that is taken: the pod is refused, the GPU's pod and the others stay."""
+    mine = _pod("mine", (A, 3))
+    assert await world.ran(mine) == ""
+    before = world.agent.node.ledger
+    assert "NoRoom" in await world.ran(_pod("forged", (A, 4), namespace="evil"))
+    assert world.agent.node.ledger == before
+    assert await world.ran(_pod("honest", (B, 4))) == ""
+    assert world.gpus_of(mine) == {A}
