@@ -153,8 +153,7 @@ async def test_tenants_never_share_a_gpu(gpu_node: GpuNode, namespaces: list[str
         await gpu_node.until_status(lambda found: {s["isolation"] for s in found.values()} == {"Tenant"}, "isolated")
         await started(gpu_node, pod("a", one, 1), pod("b", two, 1))
         await started(gpu_node, pod("c", one, 2))
-        of = await tenants(gpu_node)
-        assert sorted(of) == [{one}, {two}]
+        assert await tenants(gpu_node) == [[one], [two]]
         assert sorted(s["tenant"] for s in (await gpu_node.status()).values()) == [one, two]
 
         await gpu_node.cluster.apply(pod("d", three, 1))
@@ -164,7 +163,7 @@ async def test_tenants_never_share_a_gpu(gpu_node: GpuNode, namespaces: list[str
             assert words in failed["status"]["message"]
         await gpu_node.delete(two, "b")
         await started(gpu_node, pod("e", three, SLOTS))
-        assert sorted(await tenants(gpu_node)) == [{one}, {three}]
+        assert await tenants(gpu_node) == [[one], [three]]
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
@@ -180,13 +179,13 @@ async def started(gpu_node: GpuNode, *pods: Document) -> None:
     await gpu_node.until_holders(*before, *(name for _, name in names))
 
 
-async def tenants(gpu_node: GpuNode) -> list[set[str]]:
-    """Namespaces on each GPU that anybody is on."""
+async def tenants(gpu_node: GpuNode) -> list[list[str]]:
+    """Namespaces on each GPU that anybody is on, sorted."""
     found: dict[str, set[str]] = {}
     for (namespace, _, _), held in (await gpu_node.holders()).items():
         for uuid in held:
             found.setdefault(uuid, set()).add(namespace)
-    return [*found.values()]
+    return sorted(sorted(spaces) for spaces in found.values())
 
 
 async def asked(gpu_node: GpuNode, value: Document) -> str:
