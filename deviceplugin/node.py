@@ -19,7 +19,7 @@ from deviceplugin.health import GpuHealth
 from deviceplugin.ledger import Ledger, Pending
 from deviceplugin.objects import Seen
 from deviceplugin.policies import Wanted
-from deviceplugin.ports import Device
+from deviceplugin.ports import Device, GpuLostError
 from deviceplugin.tickets import hidden
 from meshctl.sharing import Gpu, Health, HealthRules, Mode, MpsPhase, MpsStatus, OnChange, Owner, Sharing, Slot, Ticket
 
@@ -78,8 +78,6 @@ class Card:
         return asked.health if asked is not None else NO_RULES
 
     def health(self, now_s: float) -> Health:
-        if not self.present:
-            return Health(False, "Lost", f"{self.gpu.uuid} is not among the GPUs of this node any more")
         return self.illness.health(now_s, self.rules)
 
     @property
@@ -152,10 +150,14 @@ class Node:
     # ------------------------------------------------------------------------------------------------ what happened
 
     def found(self, gpus: Sequence[Gpu]) -> None:
-        """What the inventory shows. A GPU that is not there any more stays, as lost: people must see that it is."""
+        """What the inventory shows. A GPU that is not there any more stays, as lost: people must see that it is, and
+        it recovers like any that was ill, for it may come and go."""
         now = {gpu.uuid: gpu for gpu in gpus}
         for uuid, card in self._cards.items():
-            self._cards[uuid] = replace(card, gpu=now.get(uuid, card.gpu), present=uuid in now)
+            illness = card.illness
+            if uuid not in now:
+                illness = illness.probed(GpuLostError(f"{uuid} is not among the GPUs of this node any more"), 0.0)
+            self._cards[uuid] = replace(card, gpu=now.get(uuid, card.gpu), present=uuid in now, illness=illness)
         for uuid, gpu in now.items():
             self._cards.setdefault(uuid, Card(gpu))
 
@@ -175,7 +177,8 @@ class Node:
         return hit
 
     def probed(self, uuid: str, error: Exception | None, now_s: float) -> None:
-        if (card := self._cards.get(uuid)) is not None:
+        """An answer that was under way when the GPU was lost says nothing."""
+        if (card := self._cards.get(uuid)) is not None and card.present:
             self._cards[uuid] = replace(card, illness=card.illness.probed(error, now_s))
 
     def mps(self, uuid: str, status: MpsStatus, now_s: float) -> None:

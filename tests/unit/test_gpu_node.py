@@ -168,23 +168,27 @@ def test_probes_bring_a_gpu_back() -> None:
     assert all(_healthy(node, 13.0))
 
 
-def test_a_gpu_that_fell_off_the_bus_is_told_of_and_not_forgotten() -> None:
-    """Its slots are unhealthy, its holders known; back in the inventory, it is as before."""
+@pytest.mark.parametrize("seen_by", ["inventory", "probe", "inventory, then a probe that was late"])
+def test_a_gpu_that_fell_off_the_bus_is_told_of_and_recovers_by_probes(seen_by: str) -> None:
+    """Its slots are unhealthy, its holders known; back again it is like any GPU that was ill, whoever saw it go."""
     node = _node(A, B)
     _hold(node, 0)
+    if seen_by == "probe":
+        node.probed(A, GpuLostError("GPU is lost"), 1.0)
+    node.xid(79, A, 1.5)
     node.found([_gpu(B)])
-    assert node.cards[A].health(2.0).reason == "Lost"
+    if seen_by.endswith("late"):
+        node.probed(A, None, 1.7)
+    lost = node.cards[A].health(1e6)
+    assert (lost.healthy, lost.reason) == (False, "Lost")
+    assert "is not among the GPUs of this node any more; XID 79" in lost.message
     assert _healthy(node) == [False] * 4 + [True] * 4
     assert node.ledger.holders(A) == {SERVER: (0,)}
     node.found([_gpu(A), _gpu(B)])
-    assert all(_healthy(node))
-
-
-def test_a_lost_gpu_needs_good_probes_when_nvml_said_so() -> None:
-    """A probe that finds it lost is trouble to recover from."""
-    node = _node()
-    node.probed(A, GpuLostError("GPU is lost"), 2.0)
-    assert not any(_healthy(node))
+    assert not all(_healthy(node, 1e6))
+    node.probed(A, None, 3.0)
+    assert node.cards[A].health(4.0).reason == "Recovering"
+    assert _healthy(node, 3.0 + SLICED.health.recover_after_s) == [True] * 8
 
 
 @pytest.mark.parametrize("phase", [MpsPhase.STARTING, MpsPhase.FAILED, MpsPhase.OFF])
