@@ -253,12 +253,10 @@ class _Daemon:
     async def _free(self, why: str) -> None:
         """Raises _InUseError while somebody computes on the GPU."""
         processes = await self._computing()
-        if processes is None:
-            if self.busy(self.uuid):
-                raise _InUseError(f"{_sentence(why)}The next daemon waits for the containers that hold its slots")
-        elif processes:
-            names = ", ".join(map(str, processes))
-            raise _InUseError(f"{_sentence(why)}The next daemon waits for the processes on GPU {self.uuid}: {names}")
+        if processes or (processes is None and self.busy(self.uuid)):
+            names = ", ".join(map(str, processes or ()))
+            whom = f"the processes on GPU {self.uuid}: {names}" if names else "the containers that hold its slots"
+            raise _InUseError(f"{_sentence(why)}The next daemon waits for {whom}. Delete their pods")
 
     async def _computing(self) -> tuple[int, ...] | None:
         """Processes on the GPU that are not MPS's own; None where nobody can say."""
