@@ -289,9 +289,17 @@ class Agent:
 
     async def _unwant(self, uuid: str) -> None:
         try:
-            await self.parts.mps.unwant(uuid)
+            await self._end_mps(uuid)
         except MeshctlError as error:
             log.warning("MPS daemon left running", gpu=uuid, error=str(error))
+
+    async def _end_mps(self, uuid: str) -> None:
+        """Raises UnavailableError while the daemon has clients: a pod that was deleted by force is in nobody's list any
+        more, and its processes may run on."""
+        if clients := await self.parts.mps.clients(uuid):
+            names = ", ".join(map(str, clients))
+            raise UnavailableError(f"GPU {uuid}: no pod has slots, and its MPS daemon waits for its clients: {names}")
+        await self.parts.mps.unwant(uuid)
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -444,7 +452,7 @@ class Agent:
         done = False
         try:
             if old is not None and old.mode is Mode.MPS:
-                await self.parts.mps.unwant(uuid)
+                await self._end_mps(uuid)
             done = True
         except MeshctlError as error:
             self._failed(f"change {uuid}", error)

@@ -1,14 +1,18 @@
-"""The device plugins of an agent: one for each resource that has slots, as long as it has some."""
+"""An agent in this process, over real sockets and with real MPS daemons (the stand-in's): what it never gives up."""
 
 from __future__ import annotations
 
 import asyncio
 from pathlib import Path
 
+import pytest
+
 from deviceplugin.main import Plugins
-from meshctl.sharing import RESOURCE
-from tests.harness.agent_world import World
+from meshctl.api.gpusharingpolicy import GPUSharingPolicySpec
+from meshctl.sharing import RESOURCE, Mode, MpsPhase
+from tests.harness.agent_world import SLICED, A, B, World
 from tests.harness.fake_kubelet import FakeKubelet
+from tests.harness.mps_control import BINARY, Client, StandIn
 from tests.harness.tools import until
 
 
@@ -46,3 +50,46 @@ async def test_a_plugin_survives_what_nobody_thought_of(tmp_path: Path) -> None:
         plugins.cancel()
         await asyncio.wait([plugins])
         await world.agent.stop()
+
+
+async def test_an_mps_daemon_with_clients_ends_for_no_policy_and_with_no_agent(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """Of a pod that was deleted by force: nobody lists it, and its process runs on. The GPU changes when that ends, and
+    until then it gives nothing out and says why; the other one changes at once."""
+    root = tmp_path_factory.mktemp("w")
+    world = World(root, GPUSharingPolicySpec(mode=Mode.MPS, replicas=4), BINARY)
+    agent = world.agent
+    await world.start()
+    running = asyncio.create_task(agent.run())
+    try:
+
+        async def up() -> bool:
+            return all(agent.parts.mps.status(uuid).phase is MpsPhase.RUNNING for uuid in (A, B))
+
+        await until(up, "the daemons run")
+        with Client() as client:
+            await StandIn(root / "mps", A).connect(client)
+            daemons = await StandIn(root / "mps", A).processes()
+            world.cluster.policy(SLICED)
+
+            async def other() -> bool:
+                said = [problem.message for problem in agent.problems() if problem.where == f"change {A}"]
+                return agent.node.cards[B].sharing == agent.node.cards[B].wanted.sharing and bool(said)
+
+            await until(other, "the other GPU has changed, and this one says why not")
+            (said,) = [problem.message for problem in agent.problems()]
+            assert said == f"GPU {A}: no pod has slots, and its MPS daemon waits for its clients: {client.pid}"
+            assert {device.id.partition("::")[0] for device in agent.devices(RESOURCE) if device.healthy} == {B}
+            assert await StandIn(root / "mps", A).processes() == daemons
+
+        async def changed() -> bool:
+            return agent.node.cards[A].sharing == agent.node.cards[A].wanted.sharing and not agent.problems()
+
+        await until(changed, "the GPU has changed")
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+        await agent.stop()
+        for uuid in (A, B):
+            await StandIn(root / "mps", uuid).clear()

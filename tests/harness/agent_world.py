@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-from deviceplugin.agent import Agent, Parts
+from deviceplugin.agent import Agent, Pace, Parts
 from deviceplugin.checkpoint import Checkpoint
 from deviceplugin.inventory import FileInventory
 from deviceplugin.metrics import Metrics
@@ -17,23 +17,24 @@ from meshctl.api.gpusharingpolicy import GPUSharingPolicySpec
 from meshctl.controller.clock import MonotonicClock
 from meshctl.model import Problem
 from meshctl.ports import KubeObject
-from meshctl.sharing import RESOURCE, Isolation, Mode, Owner, Slot
+from meshctl.sharing import RESOURCE, Mode, Owner, Slot
 from tests.harness.agent import inventory
 from tests.harness.model_kubelet import Call, ModelKubelet, Pod, Preferred, answered_later
 
 A, B = "GPU-a", "GPU-b"
+SLICED = GPUSharingPolicySpec(mode=Mode.TIME_SLICING, replicas=4)
 
 
 class Cluster:
     """`agent.World`: its pods are known at once when they are asked for; what is watched is told by `told`."""
 
-    def __init__(self, isolation: Isolation) -> None:
-        spec = GPUSharingPolicySpec(mode=Mode.TIME_SLICING, replicas=4, isolation=isolation)
+    def __init__(self, spec: GPUSharingPolicySpec) -> None:
         self.node_labels: Mapping[str, str] | None = {}
         self.node_uid = ""
         self.live: list[KubeObject] = []
         self.watched: list[KubeObject] = []
         self._policies = (Policy("p", spec),)
+        self._changed = asyncio.Event()
 
     def policies(self) -> Sequence[Policy]:
         return self._policies
@@ -50,8 +51,14 @@ class Cluster:
     def told(self) -> None:
         self.watched = list(self.live)
 
+    def policy(self, spec: GPUSharingPolicySpec) -> None:
+        """It is another one from now on."""
+        self._policies = (Policy("p", spec, self._policies[0].generation + 1),)
+        self._changed.set()
+
     async def wait_changed(self) -> None:
-        await asyncio.Event().wait()
+        await self._changed.wait()
+        self._changed.clear()
 
 
 class Shown:
@@ -75,17 +82,17 @@ class LaterClock(MonotonicClock):
 
 
 class World:
-    """A node of two GPUs of four slots, its kubelet, and its API server."""
+    """A node of two GPUs of four slots, its kubelet, and its API server. `control` is nvidia-cuda-mps-control."""
 
-    def __init__(self, directory: Path, isolation: Isolation = Isolation.NONE) -> None:
-        self.kubelet, self.cluster = ModelKubelet(), Cluster(isolation)
+    def __init__(self, directory: Path, spec: GPUSharingPolicySpec = SLICED, control: Path = Path("none")) -> None:
+        self.kubelet, self.cluster = ModelKubelet(), Cluster(spec)
         gpus = FileInventory(inventory(directory, A, B))
         node = Node.restored(None)
-        mps = MpsDaemons(Path("none"), directory / "mps", gpus, busy=node.busy)
+        mps = MpsDaemons(control, directory / "mps", gpus, busy=node.busy)
         state = Checkpoint(directory / "agent.json")
         self.clock = LaterClock()
         parts = Parts("node-1", gpus, mps, Shown(self.kubelet), self.cluster, state, self.clock, Metrics())
-        self.agent = Agent(parts, node)
+        self.agent = Agent(parts, node, Pace(retry_s=0.1))
 
     async def start(self) -> None:
         await self.agent.start()

@@ -9,13 +9,13 @@ import pytest
 
 from deviceplugin.ledger import GONE_S
 from meshctl.sharing import RESOURCE, Isolation, Slot
-from tests.harness.agent_world import A, B, World
+from tests.harness.agent_world import SLICED, A, B, World
 from tests.harness.model_kubelet import Container, Pod
 
 
 @pytest.fixture
 async def world(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[World]:
-    found = World(tmp_path, getattr(request, "param", Isolation.NONE))
+    found = World(tmp_path, SLICED.model_copy(update={"isolation": getattr(request, "param", Isolation.NONE)}))
     await found.start()
     yield found
     await found.agent.stop()
