@@ -78,7 +78,6 @@ async def test_the_log_tells_what_becomes_of_a_gpu(tmp_path: Path, kubelet: Fake
         await until(last, f"the last change is told; log: {agent.log}")
         shared = [f"TimeSlicing, {slots} slots of hpe.com/gpus (policy default, generation 0)" for slots in (4, 2)]
         assert told("GPU-1") == [("PolicyInForce", message) for message in shared]
-        assert told("GPU-2")[:2] == [
-            ("PolicyInForce", shared[0]),
-            ("GpuUnhealthy", "Lost: GPU-2 is not among the GPUs of this node any more"),
-        ]
+        assert told("GPU-2")[0] == ("PolicyInForce", shared[0])
+        event, message = told("GPU-2")[1]
+        assert (event, message[:11]) == ("GpuUnhealthy", "Lost: GPU-2")  # in the words of whoever saw it first
