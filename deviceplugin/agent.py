@@ -96,8 +96,8 @@ class _Advice:
 
     resource: str
     size: int
-    pods: Sequence[KubeObject]
-    """By which it was found."""
+    tickets: Sequence[Ticket]
+    """Of all pods, by which it was found."""
     at_s: float
 
     def fits(self, resource: str, containers: Sequence[Sequence[str]], now_s: float) -> bool:
@@ -172,9 +172,9 @@ class Agent:
         await self._changed.wait()
 
     async def preferred(self, resource: str, available: Sequence[str], must: Sequence[str], size: int) -> list[str]:
-        pods = await self._pods(resource)
-        self._advised = _Advice(resource, size, pods, self._now_s())
-        asking = self._candidates(resource, size, pods)
+        tickets = await self._tickets_now(resource)
+        self._advised = _Advice(resource, size, tickets, self._now_s())
+        asking = candidates(tickets, resource, size, self.node.ledger)
         gpus = self.node.shared(self._now_s())
         return rules.prefer(resource, gpus, available, must, size, self.node.ledger, asking)
 
@@ -193,8 +193,9 @@ class Agent:
         await self._settled({Slot.parse(text).uuid for ids in containers for text in ids if _ours(text)})
         advised, self._advised = self._advised, None
         known = advised is not None and advised.fits(resource, containers, self._now_s())
-        pods = advised.pods if advised is not None and known else await self._pods(resource)
-        asking = [one for ids in containers for one in self._candidates(resource, len(ids), pods)]
+        tickets = advised.tickets if advised is not None and known else await self._tickets_now(resource)
+        ledger = self.node.ledger
+        asking = [one for ids in containers for one in candidates(tickets, resource, len(ids), ledger)]
         now_s = self._now_s()
         gpus = self.node.shared(now_s)
         grants = rules.check(resource, gpus, containers, self.node.ledger, asking)
@@ -218,12 +219,8 @@ class Agent:
             if card is not None and card.by_mps:
                 await self.parts.mps.ready(uuid, READY_S)
 
-    def _candidates(self, resource: str, asked: int, pods: Sequence[KubeObject]) -> tuple[Ticket, ...]:
-        """Containers that this may be for."""
-        return candidates(self._tickets(pods), resource, asked, self.node.ledger)
-
-    async def _pods(self, resource: str) -> Sequence[KubeObject]:
-        """Of this node, at least those that the kubelet knows: what we watched may be behind what it watched, and to
+    async def _tickets_now(self, resource: str) -> Sequence[Ticket]:
+        """Of the pods of this node, at least of those that the kubelet knows: what we watched may be behind what it watched, and to
         steer by the plan of another pod is worse than to wait a few milliseconds. Sometimes it matters, too, who is on
         the GPUs this very moment: between tenants, and when somebody seems to hold slots whose pod the kubelet has not
         acknowledged: that may be the last pod of this name, and this one asks now (a StatefulSet's)."""
@@ -233,12 +230,13 @@ class Agent:
         except MeshctlError as error:
             log.warning("the pods of the node are as last seen", error=str(error))
             pods = self.parts.world.pods()
-        if self._isolated(resource) or self._namesake(pods or ()):
+        tickets = None if pods is None else self._tickets(pods)
+        if self._isolated(resource) or self._namesake(tickets or ()):
             try:
-                await self._ask_kubelet(pods)
+                await self._ask_kubelet(tickets)
             except UnavailableError as error:
                 log.warning("who holds what is as last seen", error=str(error))
-        return pods or ()
+        return tickets or ()
 
     def _isolated(self, resource: str) -> bool:
         sharings = (card.sharing for card in self.node.cards.values())
@@ -246,9 +244,9 @@ class Agent:
             one is not None and one.isolation is Isolation.TENANT and one.resource == resource for one in sharings
         )
 
-    def _namesake(self, pods: Sequence[KubeObject]) -> bool:
+    def _namesake(self, tickets: Sequence[Ticket]) -> bool:
         holding = frozenset(self.node.ledger.held.values())
-        return any(ticket.owner in holding for ticket in self._tickets(pods) if not ticket.admitted)
+        return any(ticket.owner in holding for ticket in tickets if not ticket.admitted)
 
     def _tickets(self, pods: Sequence[KubeObject]) -> list[Ticket]:
         resources = self.node.resources()
@@ -385,14 +383,15 @@ class Agent:
         allowed, own = card.sharing.clients_per_container, cgroup_of(os.getpid())
         return "; ".join(excess(map(cgroup_of, running), pods, owners, allowed, own))
 
-    async def _ask_kubelet(self, pods: Sequence[KubeObject] | None = None) -> None:
-        """Who holds what; `pods` where they are known better than by watching. When the kubelet does not say
+    async def _ask_kubelet(self, tickets: Sequence[Ticket] | None = None) -> None:
+        """Who holds what; `tickets` where they are known better than by watching. When the kubelet does not say
         (UnavailableError), everything stays as it was."""
         async with self._asking:  # answers count in the order of the questions
             asked_at_s = self._now_s()
             held = await self.parts.holdings.held(self.node.resources())
-            pods = self.parts.world.pods() if pods is None else pods
-            self.node.listed(held, asked_at_s, None if pods is None else self._tickets(pods))
+            if tickets is None and (pods := self.parts.world.pods()) is not None:
+                tickets = self._tickets(pods)
+            self.node.listed(held, asked_at_s, tickets)
 
     async def _hear_xids(self) -> None:
         while True:
@@ -473,7 +472,9 @@ class Agent:
 
     async def _save(self) -> None:
         """Raises OSError. A kubelet that hangs up cancels its Allocate, but not a write that has begun."""
-        await asyncio.shield(asyncio.create_task(self._write(), name="write state"))
+        write = asyncio.create_task(self._write(), name="write state")
+        write.add_done_callback(_seen)  # who waited for it may be gone; the next turn writes again, and tells
+        await asyncio.shield(write)
 
     async def _write(self) -> None:
         async with self._saving:
@@ -501,6 +502,11 @@ def cgroup_of(pid: int) -> str:
         return Path(f"/proc/{pid}/cgroup").read_text()
     except OSError:
         return ""
+
+
+def _seen(task: asyncio.Task[None]) -> None:
+    if not task.cancelled():
+        task.exception()
 
 
 def _ours(text: str) -> bool:
