@@ -9,13 +9,13 @@ winner expects.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from deviceplugin.containers import MPS_CAPABILITY, client_cap
 from meshctl.api.gpulabels import hyphened
 from meshctl.api.gpusharingpolicy import GPUSharingPolicy, GPUSharingPolicySpec
-from meshctl.sharing import REPLICAS, Gpu, HealthRules, Mode, Sharing
+from meshctl.sharing import Gpu, Mode, Sharing
 
 
 class Refusal(StrEnum):
@@ -108,13 +108,13 @@ def _shared(gpu: Gpu, policy: Policy, driver: str) -> tuple[Sharing | None, Refu
     """As the policy says, or why not; words on what the GPU makes of it."""
     if gpu.mig:
         return None, Refusal.MIG_ENABLED, f"MIG is on: NVIDIA's own plugin shares {gpu.uuid}; turn MIG off, or leave it"
-    sharing, message = sharing_of(policy), ""
+    sharing = policy.spec.sharing(policy.name, policy.generation)
     if sharing.mode is Mode.MPS and gpu.compute_capability < MPS_CAPABILITY:
         message = f"TimeSlicing instead of MPS: that needs compute capability 7.0, {gpu.product} has {capability(gpu)}"
-        return sharing_of(policy, Mode.TIME_SLICING), None, message
+        return replace(sharing, mode=Mode.TIME_SLICING), None, message
     if sharing.mode is Mode.MPS and (refused := _too_many(gpu, sharing, driver)):
         return None, Refusal.TOO_MANY_REPLICAS, refused
-    return sharing, None, message
+    return sharing, None, ""
 
 
 def _too_many(gpu: Gpu, sharing: Sharing, driver: str) -> str:
@@ -134,28 +134,3 @@ def capability(gpu: Gpu) -> str:
     """``7.0``."""
     major, minor = gpu.compute_capability
     return f"{major}.{minor}"
-
-
-def sharing_of(policy: Policy, mode: Mode | None = None) -> Sharing:
-    """What the policy says, in `mode` where it says MPS and the GPU can't."""
-    spec = policy.spec
-    return Sharing(
-        policy=policy.name,
-        generation=policy.generation,
-        resource=spec.resource_name,
-        mode=mode or spec.mode,
-        replicas=1 if spec.mode is Mode.EXCLUSIVE else spec.replicas or REPLICAS,
-        isolation=spec.isolation,
-        packing=spec.packing,
-        several_gpus=spec.several_gpus,
-        on_change=spec.on_change,
-        injection=spec.injection,
-        oversubscription_ratio=spec.mps.oversubscription,
-        memory_limit=spec.mps.memory_limit == "Share",
-        clients_per_container=spec.mps.clients_per_container,
-        health=HealthRules(
-            ignored_xids=frozenset(spec.health.ignored_xids),
-            critical_xids=frozenset(spec.health.critical_xids),
-            recover_after_s=spec.health.recover_after,
-        ),
-    )

@@ -118,6 +118,7 @@ def cel(*rules: tuple[str, str]) -> dict[str, Any]:
 Conditions = Annotated[
     tuple[Condition, ...],
     Field(
+        strict=False,  # of JSON's arrays
         max_length=16,
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     ),

@@ -105,7 +105,7 @@ class GPUStatus(Strict):
     """Its MPS control daemon."""
     heartbeat: Annotated[str, Field(max_length=40)] | None = None
     """When the agent last looked; written at most once a minute if nothing else changed."""
-    conditions: Annotated[Conditions, Field(strict=False)] | None = None
+    conditions: Conditions | None = None
     """Healthy: new containers may be given it. Shared: as its policy says. WithinLimits: no container has more
     processes on it than its share allows for."""
 

@@ -13,7 +13,7 @@ from deviceplugin.policies import Policy, Refusal, Wanted, policy_of, product_ke
 from deviceplugin.watch import FileView, PolicyFile, load_policies
 from meshctl.api.gpusharingpolicy import GPUSharingPolicy, GPUSharingPolicySpec
 from meshctl.errors import InputError
-from meshctl.sharing import REPLICAS, Gpu, HealthRules, Injection, Isolation, Mode, OnChange, Packing, Sharing
+from meshctl.sharing import REPLICAS, Gpu, Mode, Sharing
 
 V100 = Gpu("GPU-1", "Tesla V100-SXM2-16GB", 16 << 30, (7, 0))
 K40 = Gpu("GPU-2", "Tesla K40m", 12 << 30, (3, 5))
@@ -41,34 +41,9 @@ def test_a_gpu_without_a_policy_has_no_slots() -> None:
 
 
 def test_all_that_a_policy_says_is_in_force() -> None:
-    """Each field of the spec, and the policy's name and generation."""
-    spec: dict[str, Any] = {
-        "resourceName": "example.com/vgpu",
-        "mode": "MPS",
-        "replicas": 4,
-        "isolation": "Tenant",
-        "packing": "Spread",
-        "onChange": "Drain",
-        "injection": "CDI",
-        "mps": {"oversubscription": 1.5, "memoryLimit": "None", "clientsPerContainer": 2},
-        "health": {"ignoredXIDs": [63], "criticalXIDs": [31], "recoverAfter": "90s"},
-    }
-    assert won(policy("four", generation=7, **spec)).sharing == Sharing(
-        policy="four",
-        generation=7,
-        resource="example.com/vgpu",
-        mode=Mode.MPS,
-        replicas=4,
-        isolation=Isolation.TENANT,
-        packing=Packing.SPREAD,
-        several_gpus=False,
-        on_change=OnChange.DRAIN,
-        injection=Injection.CDI,
-        oversubscription_ratio=1.5,
-        memory_limit=False,
-        clients_per_container=2,
-        health=HealthRules(frozenset({63}), frozenset({31}), 90.0),
-    )
+    """With the policy's name and generation."""
+    four = policy("four", generation=7, replicas=4, isolation="Tenant", mps={"memoryLimit": "None"})
+    assert won(four).sharing == four.spec.sharing("four", 7)
 
 
 def test_a_policy_that_says_nothing_means_the_defaults() -> None:
