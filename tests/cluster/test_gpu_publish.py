@@ -334,7 +334,7 @@ async def test_the_agent_learns_of_its_node_its_pods_and_the_policies(cluster: C
         assert seen.node_labels is not None
         assert seen.node_labels["pool"] == node.name
         assert seen.node_uid == node.uid
-        assert (list(seen.pods()), seen.problems()) == ([], ())
+        assert (seen.pods(), seen.problems()) == ([], ())
 
         def ours() -> dict[str, int | None]:
             return {one.name: one.spec.replicas for one in seen.policies() or () if one.name.startswith(node.name)}
@@ -351,7 +351,7 @@ async def test_the_agent_learns_of_its_node_its_pods_and_the_policies(cluster: C
         created = [pod(node.name, "here"), pod("elsewhere", "there")]
         await cluster.kubectl("create", f"--namespace={namespace}", "--filename=-", stdin=_documents(created))
         await learnt(seen, lambda: bool(seen.pods()))
-        (found,) = seen.pods()
+        (found,) = seen.pods() or ()
         metadata = found["metadata"]
         assert (metadata["namespace"], metadata["name"]) == (namespace, "here")
         assert metadata["annotations"] == {"meshctl.io/gpu-product": "V100"}
