@@ -15,7 +15,7 @@ from pathlib import Path
 
 from deviceplugin.policies import Policy, policy_of
 from meshctl.adapters.kubernetes.client import Client
-from meshctl.adapters.kubernetes.kinds import KINDS, OWN_ANNOTATIONS, Kind, Raw
+from meshctl.adapters.kubernetes.kinds import KINDS, OWN_ANNOTATIONS, Kind, Raw, pick
 from meshctl.adapters.kubernetes.reflector import Pace, Reflector
 from meshctl.api.document import Fault, ManifestError, Place, Severity, read_bounded
 from meshctl.api.gpusharingpolicy import GPUSharingPolicy
@@ -32,33 +32,29 @@ HOSTNAME = "kubernetes.io/hostname"
 # ------------------------------------------------------------------------------------------------- what is kept of what
 
 
-def _picked(raw: Mapping[str, object] | None, *names: str) -> Raw:
-    return {name: raw[name] for name in names if name in raw} if raw else {}
-
-
 def _container(raw: Raw) -> Raw:
     """Its extended resources are those with a domain before a slash."""
     limits = (raw.get("resources") or {}).get("limits") or {}
     asked = {name: limits[name] for name in sorted(limits) if "/" in name}
-    return _picked(raw, "name", "restartPolicy") | ({"resources": {"limits": asked}} if asked else {})
+    return pick(raw, "name", "restartPolicy") | ({"resources": {"limits": asked}} if asked else {})
 
 
 def _pod(raw: Raw) -> Raw:
     """What `tickets` reads; not what changes every few seconds of a pod's life."""
     metadata, spec = raw["metadata"], raw.get("spec") or {}
-    kept = _picked(metadata, "name", "namespace", "uid", "creationTimestamp", "deletionTimestamp")
+    kept = pick(metadata, "name", "namespace", "uid", "creationTimestamp", "deletionTimestamp")
     annotations = metadata.get("annotations") or {}
     if own := {name: value for name, value in annotations.items() if name.startswith(OWN_ANNOTATIONS)}:
         kept["annotations"] = own
     groups = ("initContainers", "containers")
     containers = {name: [_container(one) for one in spec[name]] for name in groups if spec.get(name)}
-    return {"metadata": kept, "spec": containers, "status": _picked(raw.get("status"), "phase", "startTime")}
+    return {"metadata": kept, "spec": containers, "status": pick(raw.get("status"), "phase", "startTime")}
 
 
 def _policy(raw: Raw) -> Raw:
     """Without its status, which others write."""
     identity = ("name", "uid", "generation", "creationTimestamp", "deletionTimestamp")
-    return {"metadata": _picked(raw["metadata"], *identity), "spec": raw.get("spec")}
+    return {"metadata": pick(raw["metadata"], *identity), "spec": raw.get("spec")}
 
 
 NODE = KINDS["Node"]

@@ -48,7 +48,7 @@ def _with_managers(raw: Raw) -> Raw:
 
 
 def _manager(entry: Raw) -> Raw:
-    return _pick(entry, "manager", "operation", "subresource") if entry.get("manager") == MANAGER else entry
+    return pick(entry, "manager", "operation", "subresource") if entry.get("manager") == MANAGER else entry
 
 
 def _service_entry(raw: Raw) -> Raw:
@@ -62,7 +62,7 @@ def _service_entry(raw: Raw) -> Raw:
 
 def _repeated(endpoint: Raw) -> Raw:
     """`endpoint` of what equal ones have, too; nobody changes any of it in place."""
-    found = _pick(endpoint, *endpoint)
+    found = pick(endpoint, *endpoint)
     for name in ("labels", "ports"):
         if found.get(name):
             found[name] = _mapping(tuple(found[name].items()))
@@ -71,7 +71,7 @@ def _repeated(endpoint: Raw) -> Raw:
 
 @lru_cache(maxsize=16_384)
 def _mapping(items: tuple[tuple[str, Any], ...]) -> Raw:
-    return _pick(dict(items), *(name for name, _ in items))
+    return pick(dict(items), *(name for name, _ in items))
 
 
 def _identity(raw: Raw) -> Raw:
@@ -92,7 +92,7 @@ def _identity(raw: Raw) -> Raw:
     return kept
 
 
-def _pick(raw: Mapping[str, Any] | None, *names: str) -> Raw:
+def pick(raw: Mapping[str, Any] | None, *names: str) -> Raw:
     """The fields that are there, strings interned."""
     found = {name: raw[name] for name in names if name in raw} if raw else {}
     return {name: sys.intern(value) if isinstance(value, str) else value for name, value in found.items()}
@@ -100,11 +100,11 @@ def _pick(raw: Mapping[str, Any] | None, *names: str) -> Raw:
 
 def _pod(raw: Raw) -> Raw:
     status = raw.get("status") or {}
-    kept = _pick(status, "podIP")
-    kept["conditions"] = [_pick(condition, "type", "status") for condition in status.get("conditions") or ()]
+    kept = pick(status, "podIP")
+    kept["conditions"] = [pick(condition, "type", "status") for condition in status.get("conditions") or ()]
     return {
         "metadata": _identity(raw),
-        "spec": _pick(raw.get("spec"), "nodeName", "serviceAccountName"),
+        "spec": pick(raw.get("spec"), "nodeName", "serviceAccountName"),
         "status": kept,
     }
 
@@ -114,13 +114,13 @@ def _node(raw: Raw) -> Raw:
 
 
 def _service(raw: Raw) -> Raw:
-    return {"metadata": _identity(raw), "spec": _pick(raw.get("spec"), "type", "clusterIP", "selector", "ports")}
+    return {"metadata": _identity(raw), "spec": pick(raw.get("spec"), "type", "clusterIP", "selector", "ports")}
 
 
 def _endpoint(raw: Raw) -> Raw:
-    kept = _pick(raw, "addresses", "conditions", "nodeName", "zone")
+    kept = pick(raw, "addresses", "conditions", "nodeName", "zone")
     if raw.get("targetRef"):
-        kept["targetRef"] = _pick(raw["targetRef"], "kind", "namespace", "name", "uid")
+        kept["targetRef"] = pick(raw["targetRef"], "kind", "namespace", "name", "uid")
     return kept
 
 
