@@ -220,10 +220,10 @@ class Agent:
                 await self.parts.mps.ready(uuid, READY_S)
 
     async def _tickets_now(self, resource: str) -> Sequence[Ticket]:
-        """Of the pods of this node, at least of those that the kubelet knows: what we watched may be behind what it watched, and to
-        steer by the plan of another pod is worse than to wait a few milliseconds. Sometimes it matters, too, who is on
-        the GPUs this very moment: between tenants, and when somebody seems to hold slots whose pod the kubelet has not
-        acknowledged: that may be the last pod of this name, and this one asks now (a StatefulSet's)."""
+        """Of the pods of this node, at least of those that the kubelet knows: what we watched may be behind what it
+        watched, and to steer by the plan of another pod is worse than to wait a few milliseconds. Sometimes it matters,
+        too, who is on the GPUs this very moment: between tenants, and when somebody seems to hold slots whose pod the
+        kubelet has not acknowledged: that may be the last pod of this name, and this one asks now (a StatefulSet's)."""
         pods: Sequence[KubeObject] | None
         try:
             pods = await self.parts.world.fresh_pods(FRESH_S)
@@ -274,16 +274,30 @@ class Agent:
             if card.by_mps:
                 self.parts.mps.want(card.gpu)
         self._apply()
-        await self._clear_up()
+        try:
+            await self._clear_up()
+        except UnavailableError as error:
+            self._failed("leftovers", error)
 
     async def _clear_up(self) -> None:
-        """Ends MPS daemons that the last run left on GPUs that are shared otherwise by now, or gone."""
-        for uuid in self.parts.mps.left():
-            card = self.node.cards.get(uuid)
-            asked = card.wanted.sharing if card is not None else None
-            wanted_soon = asked is not None and asked.mode is Mode.MPS
-            if self.node.empty(uuid) and not wanted_soon:
-                await self._unwant(uuid)
+        """Ends MPS daemons that an earlier run left on GPUs that are shared otherwise by now, or gone; when nobody can be
+        using them. Raises UnavailableError that says which of these do not end."""
+        stay = []
+        for uuid in filter(self._abandoned, self.parts.mps.left()):
+            try:
+                await self._end_mps(uuid)
+            except MeshctlError as error:
+                stay.append(str(error))
+        if stay:
+            raise UnavailableError("; ".join(stay))
+
+    def _abandoned(self, uuid: str) -> bool:
+        card = self.node.cards.get(uuid)
+        if card is None:
+            return self.node.empty(uuid)
+        asked = card.wanted.sharing
+        wanted_soon = card.changing or (asked is not None and asked.mode is Mode.MPS)
+        return self.node.empty(uuid) and not wanted_soon
 
     async def _unwant(self, uuid: str) -> None:
         try:
@@ -304,6 +318,7 @@ class Agent:
         async with asyncio.TaskGroup() as tasks:
             for activity, look, every_s in (
                 ("inventory", self._look_at_gpus, self._pace.inventory_s),
+                ("leftovers", self._clear_up, self._pace.inventory_s),
                 ("probe", self._probe, self._pace.probe_s),
                 ("kubelet", self._ask_kubelet, self._pace.kubelet_s),
             ):

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from meshctl.cli.heap import share_heap, without
 from meshctl.errors import InputError
 
 if TYPE_CHECKING:
     from deviceplugin.main import Config
+
+SPARE_BYTES = 64 * 1024
+"""Each listing of the node's pods would leave as much as it took, 2 MB."""
 
 
 def agent(
@@ -55,6 +59,10 @@ def agent(
 ) -> None:
     """Run the node agent: offer each GPU as slots, keep MPS running, tell of health and holders."""
     import asyncio
+
+    share_heap(SPARE_BYTES)
+    with without("rich"):  # for tracebacks in colour; the log is JSON, and it weighs 6 MB on each node
+        import structlog  # noqa: F401
 
     from deviceplugin.main import Config
     from meshctl.address import Address

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import re
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from meshctl.cli.heap import share_heap
 from meshctl.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 STARTED_S = 60.0
 """A start that takes longer waits for somebody else."""
-M_ARENA_MAX = -8
-"""Of glibc's malloc.h."""
 YOUNG, NEVER = 50_000, 1_000_000_000
 """New objects after which the garbage collector looks through these; 700 by default."""
 
@@ -125,7 +123,7 @@ async def _serve(config: Config) -> None:
     import asyncio
 
     gc.set_threshold(YOUNG, 20, NEVER)
-    _share_heap()
+    share_heap()
     from meshctl.cli.signals import ended_by_signal
     from meshctl.controller.main import running
 
@@ -134,13 +132,6 @@ async def _serve(config: Config) -> None:
         settling = asyncio.create_task(_settle_memory(controller.loop))
         await ended.wait()
         settling.cancel()
-
-
-def _share_heap() -> None:
-    """One heap for all threads. glibc makes one for each, and gives little of them back: 110 of 440 MB with 1000
-    routes, most of it holes. A setting of the C library; others (musl, macOS) have none."""
-    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        mallopt(M_ARENA_MAX, 1)
 
 
 async def _settle_memory(loop: Loop) -> None:
