@@ -57,3 +57,12 @@ async def test_the_loop_bench_fails_no_request() -> None:
     assert len(values(found, "decision -> acknowledged")) == 2
     assert len(values(found, "requests on the old weights")) == 1
     assert values(found, "failed requests") == [0]
+
+
+async def test_the_agent_bench_knows_of_every_slot() -> None:
+    """Allocates and restarts of the kubelet are timed, and the agent's slots are the kubelet's afterwards."""
+    found = await report("agent", "--only", "allocate", "--only", "restart")
+    for part in ("Allocate, p99", "GetPreferredAllocation, p99", "answered at once, p99", "idle", "resident"):
+        assert values(found, part), part
+    assert len(values(found, "back -> Register")) == 3
+    assert values(found, "know otherwise") == [0, 0, 0]
