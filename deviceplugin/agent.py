@@ -190,10 +190,11 @@ class Agent:
         return found
 
     async def _allocate(self, resource: str, containers: Sequence[Sequence[str]]) -> list[ContainerResponse]:
-        await self._settled({Slot.parse(text).uuid for ids in containers for text in ids if _ours(text)})
         advised, self._advised = self._advised, None
         known = advised is not None and advised.fits(resource, containers, self._now_s())
         tickets = advised.tickets if advised is not None and known else await self._tickets_now(resource)
+        # the last wait: a GPU that begins to change in a later one would be given as it no longer is
+        await self._settled({Slot.parse(text).uuid for ids in containers for text in ids if _ours(text)})
         ledger = self.node.ledger
         asking = [one for ids in containers for one in candidates(tickets, resource, len(ids), ledger)]
         now_s = self._now_s()
@@ -280,7 +281,7 @@ class Agent:
             self._failed("leftovers", error)
 
     async def _clear_up(self) -> None:
-        """Ends MPS daemons that an earlier run left on GPUs that are shared otherwise by now, or gone; when nobody can be
+        """Ends MPS daemons that an earlier run left on GPUs that are shared otherwise by now, or gone, once nobody can be
         using them. Raises UnavailableError that says which of these do not end."""
         stay = []
         for uuid in filter(self._abandoned, self.parts.mps.left()):

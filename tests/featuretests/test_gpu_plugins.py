@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -57,17 +59,8 @@ async def test_an_mps_daemon_with_clients_ends_for_no_policy_and_with_no_agent(
 ) -> None:
     """Of a pod that was deleted by force: nobody lists it, and its process runs on. The GPU changes when that ends, and
     until then it gives nothing out and says why; the other one changes at once."""
-    root = tmp_path_factory.mktemp("w")
-    world = World(root, GPUSharingPolicySpec(mode=Mode.MPS, replicas=4), BINARY)
-    agent = world.agent
-    await world.start()
-    running = asyncio.create_task(agent.run())
-    try:
-
-        async def up() -> bool:
-            return all(agent.parts.mps.status(uuid).phase is MpsPhase.RUNNING for uuid in (A, B))
-
-        await until(up, "the daemons run")
+    async with spaced(tmp_path_factory.mktemp("w")) as (world, root):
+        agent = world.agent
         with Client() as client:
             await StandIn(root / "mps", A).connect(client)
             daemons = await StandIn(root / "mps", A).processes()
@@ -87,6 +80,47 @@ async def test_an_mps_daemon_with_clients_ends_for_no_policy_and_with_no_agent(
             return agent.node.cards[A].sharing == agent.node.cards[A].wanted.sharing and not agent.problems()
 
         await until(changed, "the GPU has changed")
+
+
+async def test_a_gpu_that_begins_to_change_while_an_allocate_waits_is_given_as_it_is_then(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    """The Allocate of an empty GPU waits for the pods, and meanwhile the policy becomes another: the container must not
+    get what held before, and the GPU's MPS daemon end under it."""
+    async with spaced(tmp_path_factory.mktemp("w")) as (world, _):
+        agent = world.agent
+        world.cluster.answers.clear()
+        allocating = asyncio.create_task(agent.allocate(RESOURCE, [[f"{A}::0"]]))
+        await asyncio.sleep(0)
+        world.cluster.policy(SLICED)
+        while not agent.node.cards[A].changing:
+            await agent.changed()
+        world.cluster.answers.set()
+        (answer,) = await allocating
+
+        async def changed() -> bool:
+            return not agent.node.cards[A].changing
+
+        await until(changed, "the change is over")
+        sharing = agent.node.cards[A].sharing
+        assert sharing is not None
+        assert (sharing.mode is Mode.MPS) == ("CUDA_MPS_PIPE_DIRECTORY" in answer.envs)
+
+
+@asynccontextmanager
+async def spaced(root: Path) -> AsyncIterator[tuple[World, Path]]:
+    """An agent that runs, on a node whose MPS daemons do."""
+    world = World(root, GPUSharingPolicySpec(mode=Mode.MPS, replicas=4), BINARY)
+    agent = world.agent
+    await world.start()
+    running = asyncio.create_task(agent.run())
+    try:
+
+        async def up() -> bool:
+            return all(agent.parts.mps.status(uuid).phase is MpsPhase.RUNNING for uuid in (A, B))
+
+        await until(up, "the daemons run")
+        yield world, root
     finally:
         running.cancel()
         await asyncio.wait([running])

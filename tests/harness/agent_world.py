@@ -35,6 +35,9 @@ class Cluster:
         self.watched: list[KubeObject] = []
         self._policies = (Policy("p", spec),)
         self._changed = asyncio.Event()
+        self.answers = asyncio.Event()
+        """While it is not set, nobody who asks for the pods gets an answer."""
+        self.answers.set()
 
     def policies(self) -> Sequence[Policy]:
         return self._policies
@@ -43,6 +46,7 @@ class Cluster:
         return list(self.watched)
 
     async def fresh_pods(self, deadline_s: float) -> Sequence[KubeObject]:
+        await self.answers.wait()
         return list(self.live)
 
     def problems(self) -> tuple[Problem, ...]:
