@@ -281,7 +281,7 @@ class Agent:
             self._failed("leftovers", error)
 
     async def _clear_up(self) -> None:
-        """Ends MPS daemons that an earlier run left on GPUs that are shared otherwise by now, or gone, once nobody can be
+        """Ends MPS daemons that an earlier run left on GPUs that are shared otherwise now, or gone, once nobody can be
         using them. Raises UnavailableError that says which of these do not end."""
         stay = []
         for uuid in filter(self._abandoned, self.parts.mps.left()):

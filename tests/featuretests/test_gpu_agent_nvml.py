@@ -320,6 +320,41 @@ async def test_a_daemon_that_died_while_there_was_no_agent_is_not_started_under_
             await site.kubelet.has(RESOURCE, 4)
 
 
+async def test_what_is_left_of_mps_is_cleared_up_when_nobody_can_be_using_it(site: GpuSite) -> None:
+    """The state file is lost, the policy another, the kubelet away: the daemon stays until its container is gone."""
+    site.driver.gpus([ONE])
+    site.policies(default=SPACED)
+    async with site.agent() as agent:
+        await site.kubelet.has(RESOURCE, 4)
+        await site.given(A)
+        before = await site.mps().processes()
+        await agent.end(signal.SIGKILL)
+    await site.kubelet.stop()
+    site.state.unlink()
+    site.policies(default=SLICED)
+    async with site.agent() as agent:
+        await told(agent, ONE.uuid, "Shared", "Shared")
+        await site.kubelet.start()
+        await holders(agent, A)
+        assert (await site.mps().processes(), site.driver.compute_mode(ONE.uuid)) == (before, EXCLUSIVE_PROCESS)
+        site.kubelet.end(A)
+        await until_mode(site, ONE.uuid, DEFAULT_MODE)
+        assert await site.mps().processes() == []
+
+
+async def test_without_the_mps_program_it_says_what_to_install_and_gives_nothing(site: GpuSite) -> None:
+    """The GPUs are withdrawn, not given without limits; a policy without MPS is in force as soon as it is read."""
+    site.policies(default=SPACED)
+    async with site.agent("--mps-control=/no/mps") as agent:
+        for gpu in (ONE, TWO):
+            said = await told(agent, gpu.uuid, "Healthy", "MpsFailed")
+            assert "--mps-control /no/mps not found: it comes with NVIDIA's driver" in said
+        assert set(site.kubelet.devices(RESOURCE).values()) <= {False}
+        site.policies(default=SLICED)
+        await site.kubelet.has(RESOURCE, 8)
+        assert [site.driver.compute_mode(gpu.uuid) for gpu in (ONE, TWO)] == [DEFAULT_MODE] * 2
+
+
 async def test_20_more_replicas_than_mps_has_clients_are_refused_and_what_is_in_force_stays(site: GpuSite) -> None:
     """49 on a driver whose servers take 48: the GPU keeps its four, and says which number it is that is too large."""
     site.policies(default=SPACED)

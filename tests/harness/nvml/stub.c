@@ -27,6 +27,7 @@ extern int strcmp(const char *, const char *);
 extern int strncmp(const char *, const char *, size_t);
 extern char *strchr(const char *, int);
 extern int atoi(const char *);
+extern int rename(const char *, const char *);
 extern int usleep(unsigned);
 
 enum { SUCCESS = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, INSUFFICIENT_SIZE = 7, TIMEOUT = 10 };
@@ -198,11 +199,14 @@ int nvmlDeviceSetComputeMode(device *d, unsigned mode) {
   gpu found;
   int error = asked(d, &found, __func__);
   if (error) return error;
-  stream *file = opened("mode-", found.uuid, "w");
+  char new[LINE], path[LINE];
+  snprintf(new, sizeof new, "%s/.mode-%s.new", directory, found.uuid);
+  snprintf(path, sizeof path, "%s/mode-%s", directory, found.uuid);
+  stream *file = fopen(new, "w");
   if (!file) return 4; /* no permission */
   fprintf(file, "%u\n", mode);
   fclose(file);
-  return SUCCESS;
+  return rename(new, path) ? 4 : SUCCESS;
 }
 
 static int processes(const char *function, const char *name, int new, device *d, unsigned *count, process *all) {
