@@ -265,7 +265,9 @@ def _notes(gpu: GPU, now: datetime) -> Iterator[tuple[str, str]]:
         yield "its agent has said nothing of it yet", "yellow"
         return
     failed = [one for one in status.conditions or () if one.status == "False" and one.type in _FAILED]
-    for one in failed:
+    for place, one in enumerate(failed):
+        if one.reason in (before.reason for before in failed[:place]):
+            continue  # not shared as wanted for want of MPS, of which it is ill
         words = f": {one.message}" if one.message else ""
         yield f"{_FAILED[one.type]} ({one.reason}){words}", "red" if one.type == "Healthy" else ""
     if status.mps and status.mps.message and not any(status.mps.message in one.message for one in failed):

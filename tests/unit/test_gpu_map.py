@@ -36,6 +36,8 @@ FLEET = (
     ),
 )
 
+SAME = (("Healthy", ""), ("Shared", "MPS, 10 slots, but MPS is not there: "))
+
 
 def gpus(*objects: dict[str, Any]) -> list[GPU]:
     return [read(data) for data in objects or FLEET]
@@ -166,6 +168,14 @@ def test_each_holder_has_a_colour_of_its_own_where_there_are_colours() -> None:
 def test_what_is_out_of_the_ordinary_is_said_in_words(status: dict[str, Any], said: str) -> None:
     """Below the GPU's line, in the words of its agent; square brackets in them are no markup."""
     assert said in drawn(gpus(gpu_object("a", "GPU-1", **status)))
+
+
+def test_what_two_conditions_say_is_said_once() -> None:
+    """A GPU whose MPS daemon failed is ill of that, and not shared as wanted because of it."""
+    conditions = [condition(kind, "False", "MpsFailed", f"{words}it died") for kind, words in SAME]
+    text = drawn(gpus(gpu_object("n", "GPU-1", conditions=conditions)))
+    assert text.count("it died") == 1
+    assert "unhealthy (MpsFailed): it died" in text
 
 
 def test_object_without_a_status_is_drawn() -> None:
