@@ -149,6 +149,13 @@ class Agent:
         waits = "no GPU is shared otherwise, and no MPS daemon ends, until it does or they end"
         return (Problem("kubelet", f"does not show the slots of {names}; {waits}"),) if names else ()
 
+    def report(self, activity: str, error: Exception | None) -> None:
+        """What somebody else cannot do for this agent, or (None) tries again."""
+        if error is not None:
+            self._failed(activity, error)
+        else:
+            self._problems.pop(activity, None)
+
     def objects(self) -> list[KubeObject]:
         """The GPU objects, in order of UUID, without times."""
         driver, uid, now_s = self.parts.inventory.driver, self.parts.world.node_uid, self._now_s()
@@ -286,7 +293,9 @@ class Agent:
         stay = []
         for uuid in filter(self._abandoned, self.parts.mps.left()):
             try:
-                await self._end_mps(uuid)
+                await self._without_clients(uuid)
+                if self._abandoned(uuid) and uuid in self.parts.mps.left():  # not wanted since
+                    await self.parts.mps.unwant(uuid)
             except MeshctlError as error:
                 stay.append(str(error))
         if stay:
@@ -307,12 +316,16 @@ class Agent:
             log.warning("MPS daemon left running", gpu=uuid, error=str(error))
 
     async def _end_mps(self, uuid: str) -> None:
+        """Only for a GPU that nobody can want meanwhile: it is changing, or the agent ends."""
+        await self._without_clients(uuid)
+        await self.parts.mps.unwant(uuid)
+
+    async def _without_clients(self, uuid: str) -> None:
         """Raises UnavailableError while the daemon has clients: a pod that was deleted by force is in nobody's list any
         more, and its processes may run on."""
         if clients := await self.parts.mps.clients(uuid):
             names = ", ".join(map(str, clients))
             raise UnavailableError(f"GPU {uuid}: no pod has slots, and its MPS daemon waits for its clients: {names}")
-        await self.parts.mps.unwant(uuid)
 
     async def run(self) -> None:
         """Until it is cancelled."""

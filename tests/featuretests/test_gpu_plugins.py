@@ -18,18 +18,20 @@ from tests.harness.mps_control import BINARY, Client, StandIn
 from tests.harness.tools import until
 
 
-async def test_a_plugin_survives_what_nobody_thought_of(tmp_path: Path) -> None:
+async def test_a_plugin_survives_what_nobody_thought_of(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """The plugin directory becomes a link to itself, which no call expects: when it is one again, slots are offered."""
     world = World(tmp_path)
     await world.start()
     metrics = world.agent.parts.metrics
-    directory, aside = tmp_path / "plugins", tmp_path / "aside"
+    directory, aside = tmp_path_factory.mktemp("p") / "p", tmp_path / "aside"  # a socket's path has 107 bytes
     directory.symlink_to(directory)
     plugins = asyncio.create_task(Plugins(directory, world.agent, metrics.called, retry_s=0.05).run())
     try:
 
         async def failed() -> bool:
-            return 'failures_total{activity="device plugin"}' in metrics.exposition().decode()
+            return 'failures_total{activity="device plugin hpe.com/gpus"}' in metrics.exposition().decode()
 
         await until(failed, "it failed")
         async with FakeKubelet(aside) as kubelet:
@@ -105,6 +107,38 @@ async def test_a_gpu_that_begins_to_change_while_an_allocate_waits_is_given_as_i
         sharing = agent.node.cards[A].sharing
         assert sharing is not None
         assert (sharing.mode is Mode.MPS) == ("CUDA_MPS_PIPE_DIRECTORY" in answer.envs)
+
+
+async def test_what_an_earlier_agent_left_is_not_ended_when_it_is_wanted_by_then(tmp_path: Path) -> None:
+    """The agent asks whether a leftover daemon has clients, the policy becomes MPS, and then comes the answer."""
+    control = tmp_path / BINARY.name
+    control.write_text(f"#!/bin/sh\ntouch {tmp_path}/asked\nuntil [ -e {tmp_path}/go ]; do sleep 0.02; done\nexit 1\n")
+    control.chmod(0o755)
+    world = World(tmp_path, SLICED, control)
+    agent = world.agent
+    await world.start()
+    running = asyncio.create_task(agent.run())
+    try:
+        (tmp_path / "mps" / A).mkdir(parents=True)
+
+        async def asked() -> bool:
+            return (tmp_path / "asked").exists()
+
+        await until(asked, "the agent asks for clients")
+        world.cluster.policy(GPUSharingPolicySpec(mode=Mode.MPS, replicas=4))
+        while not agent.node.cards[A].by_mps:
+            await agent.changed()
+        (tmp_path / "go").touch()
+
+        async def failed() -> bool:
+            return agent.parts.mps.status(A).phase is MpsPhase.FAILED
+
+        await until(failed, "the daemon that is wanted was tried")
+    finally:
+        (tmp_path / "go").touch()
+        running.cancel()
+        await asyncio.wait([running])
+        await agent.stop()
 
 
 @asynccontextmanager

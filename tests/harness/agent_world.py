@@ -96,7 +96,7 @@ class World:
         state = Checkpoint(directory / "agent.json")
         self.clock = LaterClock()
         parts = Parts("node-1", gpus, mps, Shown(self.kubelet), self.cluster, state, self.clock, Metrics())
-        self.agent = Agent(parts, node, Pace(retry_s=0.1))
+        self.agent = Agent(parts, node, Pace(retry_s=0.1, inventory_s=0.1))
 
     async def start(self) -> None:
         await self.agent.start()
