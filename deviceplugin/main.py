@@ -109,14 +109,16 @@ class Plugins:
             self._running.pop(resource).cancel()
 
     async def _keep(self, resource: str) -> None:
+        activity = f"device plugin {resource}"
         while True:
+            self._agent.report(activity, None)
             try:
                 await PluginServer(self._directory, resource, self._agent, self._observe).run()
             except MeshctlError as error:
-                log.warning("device plugin cannot serve, trying again", resource=resource, error=str(error))
-            except Exception:  # whatever it is: a node without this task would have no slots, and nobody would know why
+                self._agent.report(activity, error)
+            except Exception as error:  # a node without this task would have no slots, and nobody would know why
                 log.exception("device plugin failed, trying again", resource=resource)
-            self._agent.parts.metrics.failures.labels("device plugin").inc()
+                self._agent.report(activity, error)
             await asyncio.sleep(self._retry_s)
 
     async def _end(self, *resources: str) -> None:

@@ -441,3 +441,14 @@ async def test_a_plugin_directory_that_is_made_anew_is_served_as_before(site: Gp
         await site.kubelet.has(RESOURCE, 8)
         await site.given(B, 4)
         await holders(agent, A, B)
+
+
+async def test_a_resource_that_cannot_be_offered_is_a_problem_with_its_reason(site: GpuSite) -> None:
+    """The path of a unix socket has 107 bytes; the agent goes on, and tells of its GPUs."""
+    deep = site.root / ("d" * 100)
+    deep.mkdir()
+    async with agent_of(site, f"--plugin-dir={deep}") as agent:
+        await problem(agent, f"device plugin {RESOURCE}: --plugin-dir: {deep} is ")
+        assert "bytes too long for the path of a unix socket in it" in " ".join(agent.problems())
+        assert set(agent.gpus()) == {*UUIDS}
+        assert list(deep.iterdir()) == []
