@@ -420,7 +420,11 @@ class Agent:
             held = await self.parts.holdings.held(self.node.resources())
             if tickets is None and (pods := self.parts.world.pods()) is not None:
                 tickets = self._tickets(pods)
+            before = sorted(self.node.cards)
             self.node.listed(held, asked_at_s, tickets)
+            for uuid in before:
+                if uuid not in self.node.cards:  # it was taken out while no agent ran
+                    self._spawn(uuid, self._unwant(uuid))
 
     async def _hear_xids(self) -> None:
         while True:

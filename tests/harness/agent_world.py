@@ -11,7 +11,7 @@ from deviceplugin.checkpoint import Checkpoint
 from deviceplugin.inventory import FileInventory
 from deviceplugin.metrics import Metrics
 from deviceplugin.mps import MpsDaemons
-from deviceplugin.node import Node
+from deviceplugin.node import Node, Saved
 from deviceplugin.policies import Policy
 from meshctl.api.gpusharingpolicy import GPUSharingPolicySpec
 from meshctl.controller.clock import MonotonicClock
@@ -32,7 +32,7 @@ class Cluster:
         self.node_labels: Mapping[str, str] | None = {}
         self.node_uid = ""
         self.live: list[KubeObject] = []
-        self.watched: list[KubeObject] = []
+        self.watched: list[KubeObject] | None = []
         self._policies = (Policy("p", spec),)
         self._changed = asyncio.Event()
         self.answers = asyncio.Event()
@@ -42,8 +42,8 @@ class Cluster:
     def policies(self) -> Sequence[Policy]:
         return self._policies
 
-    def pods(self) -> Sequence[KubeObject]:
-        return list(self.watched)
+    def pods(self) -> Sequence[KubeObject] | None:
+        return self.watched
 
     async def fresh_pods(self, deadline_s: float) -> Sequence[KubeObject]:
         await self.answers.wait()
@@ -88,10 +88,16 @@ class LaterClock(MonotonicClock):
 class World:
     """A node of two GPUs of four slots, its kubelet, and its API server. `control` is nvidia-cuda-mps-control."""
 
-    def __init__(self, directory: Path, spec: GPUSharingPolicySpec = SLICED, control: Path = Path("none")) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        spec: GPUSharingPolicySpec = SLICED,
+        control: Path = Path("none"),
+        saved: Saved | None = None,
+    ) -> None:
         self.kubelet, self.cluster = ModelKubelet(), Cluster(spec)
         gpus = FileInventory(inventory(directory, A, B))
-        node = Node.restored(None)
+        node = Node.restored(saved)
         mps = MpsDaemons(control, directory / "mps", gpus, busy=node.busy)
         state = Checkpoint(directory / "agent.json")
         self.clock = LaterClock()

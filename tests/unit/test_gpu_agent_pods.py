@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from deviceplugin.health import GpuHealth
 from deviceplugin.ledger import GONE_S
-from meshctl.sharing import RESOURCE, Isolation, Slot
+from deviceplugin.node import Saved, SavedGpu
+from meshctl.sharing import RESOURCE, Gpu, Isolation, Mode, MpsPhase, Sharing, Slot
 from tests.harness.agent_world import SLICED, A, B, World
 from tests.harness.model_kubelet import Container, Pod
+from tests.harness.tools import until
 
 
 @pytest.fixture
@@ -97,3 +100,22 @@ async def test_19_a_forged_annotation_takes_nothing_from_anybody(world: World) -
     assert world.agent.node.ledger == before
     assert await world.ran(_pod("honest", (B, 4))) == ""
     assert world.gpus_of(mine) == {A}
+
+
+async def test_a_card_that_was_taken_out_has_no_mps_daemon_that_is_wanted(tmp_path: Path) -> None:
+    """Until it is known that nobody holds its slots it has; then it goes with the card."""
+    card = SavedGpu(Gpu("GPU-gone", "Tesla V100", 1 << 34, (7, 0)), Sharing("p", mode=Mode.MPS), GpuHealth())
+    world = World(tmp_path, saved=Saved({"GPU-gone": card}))
+    world.cluster.watched = None
+    await world.start()
+    try:
+        assert world.agent.parts.mps.status("GPU-gone").phase is not MpsPhase.OFF
+        await world.looked()
+
+        async def gone() -> bool:
+            return world.agent.parts.mps.status("GPU-gone").phase is MpsPhase.OFF
+
+        await until(gone, "its daemon is not wanted any more")
+        assert set(world.agent.node.cards) == {A, B}
+    finally:
+        await world.agent.stop()
