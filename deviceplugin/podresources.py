@@ -103,6 +103,7 @@ class PodResources:
             return tuple(shown(await call(bytes(Empty()), timeout=DEADLINE_S)))
         except (aio.AioRpcError, ValueError) as error:
             said = f"{error.code().name}: {error.details()}" if isinstance(error, aio.AioRpcError) else str(error)
+            said = said if identity(self._socket) else "there is no such socket"  # gRPC says it in forty words
             raise UnavailableError(
                 f"the kubelet does not say who holds GPU slots: List at {self._socket}: {said}; "
                 "is it the kubelet's pod-resources socket (--pod-resources)?"
