@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deviceplugin.mpscontrol import Held, MpsControl, MpsError
-from deviceplugin.ports import GpuError, Inventory
+from deviceplugin.ports import GpuError, GpuLostError, Inventory
 from meshctl.errors import InputError, MeshctlError
 from meshctl.sharing import Gpu, MpsPhase, MpsStatus
 
@@ -115,7 +115,8 @@ class MpsDaemons:
             control = self._of(uuid)
             await control.quit(self._pace.quit_s)
             await control.clear(self._pace.quit_s, grace_s=self._pace.grace_s)
-            await self._inventory.set_exclusive(uuid, False)
+            with contextlib.suppress(GpuLostError):  # it comes back by a reset or not at all; either forgets the mode
+                await self._inventory.set_exclusive(uuid, False)
             await asyncio.to_thread(control.remove)
         self._changed.set()
 

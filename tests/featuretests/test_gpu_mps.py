@@ -350,6 +350,18 @@ async def test_a_daemon_of_an_earlier_agent_is_unwanted(node: Node) -> None:
     assert list(node.root.iterdir()) == []
 
 
+async def test_the_daemon_of_a_lost_gpu_is_unwanted(node: Node) -> None:
+    """There is no mode to give back, and nobody comes to do it later: nothing of it stays."""
+    mps = node.agent()
+    mps.want(gpu())
+    pid = await running(mps)
+    node.inventory.lost.add("GPU-1")
+    await mps.unwant("GPU-1")
+    assert not alive(pid)
+    assert mps.left() == ()
+    assert list(node.root.iterdir()) == []
+
+
 async def test_wanted_again_while_it_is_unwanted(node: Node) -> None:
     """The new daemon comes after the old one has gone, never beside it."""
     mps = node.agent()

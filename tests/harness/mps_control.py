@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Self
 
 from deviceplugin.mpscontrol import MpsControl
-from deviceplugin.ports import Xid
+from deviceplugin.ports import GpuLostError, Xid
 from meshctl.sharing import Gpu
 from tests.harness.tools import DEADLINE_S
 
@@ -105,6 +105,8 @@ class RecordedInventory:
     modes: list[tuple[str, bool, object]] = field(default_factory=list)
     computing: dict[str, tuple[int, ...] | None] = field(default_factory=dict)
     """Processes by GPU; those that have ended are left out."""
+    lost: set[str] = field(default_factory=set)
+    """UUIDs that nothing can be set of."""
 
     async def gpus(self) -> tuple[Gpu, ...]:
         return tuple(gpu(uuid) for uuid in sorted(self.computing))
@@ -117,6 +119,8 @@ class RecordedInventory:
         return await never
 
     async def set_exclusive(self, uuid: str, exclusive: bool) -> None:
+        if uuid in self.lost:
+            raise GpuLostError(f"{uuid}: NVML does not show this GPU")
         self.modes.append((uuid, exclusive, self.look(uuid)))
 
     async def processes(self, uuid: str) -> tuple[int, ...] | None:
