@@ -488,7 +488,7 @@ async def test_a_kubelet_that_is_away_says_nothing_and_is_asked_again(kubelet: F
     """An error that names the socket and the option, never an empty answer; the same client works when it is back."""
     kubelet.held = {(A, RESOURCE): ["GPU-0::0"]}
     await kubelet.stop()
-    with pytest.raises(UnavailableError, match=r"List at .*kubelet\.sock: UNAVAILABLE.*--pod-resources"):
+    with pytest.raises(UnavailableError, match=r"List at .*kubelet\.sock: there is no such socket; .*--pod-resources"):
         await pods.held({RESOURCE})
     await kubelet.start()
 
