@@ -21,6 +21,9 @@ from meshctl.api.allocation import ALLOCATION, read_allocation
 from meshctl.ports import KubeObject
 from meshctl.sharing import Owner, Ticket
 
+LONGEST_PLAN = 1 << 14
+"""Characters: 100 containers with two GPUs each take 12,000. A pod may have 256 KiB of annotations, and where admission
+does not see to who writes this one, anybody may: what is kept of those of 110 pods must stay small."""
 TERMINAL = ("Succeeded", "Failed")
 """Phases of a pod that holds nothing any more, and never will."""
 
@@ -117,6 +120,9 @@ def _plans(pod: KubeObject, asking: list[_Asking], problems: list[str]) -> dict[
     """Container -> UUID -> slots, of the containers whose plan holds."""
     text = (pod["metadata"].get("annotations") or {}).get(ALLOCATION)
     if text is None:
+        return {}
+    if len(text) > LONGEST_PLAN:
+        problems.append(f"{ALLOCATION}: {len(text)} characters are no plan (at most {LONGEST_PLAN})")
         return {}
     try:
         planned = dict(_read(text))

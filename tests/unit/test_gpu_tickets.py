@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from deviceplugin.ledger import Grant, Ledger
-from deviceplugin.tickets import candidates, hidden, tickets_of
-from meshctl.api.allocation import ALLOCATION
+from deviceplugin.tickets import LONGEST_PLAN, candidates, hidden, tickets_of
+from meshctl.api.allocation import ALLOCATION, Allocation, ContainerAllocation
 from meshctl.sharing import RESOURCE, Owner, Slot, Ticket
 from tests.harness.model_kubelet import Container, Kind, Pod
 
@@ -93,6 +93,16 @@ def test_a_plan_that_does_not_hold_is_said_and_not_followed(text: str, problem: 
     assert any(said.startswith(f"pod x/p: {ALLOCATION}: ") and problem in said for said in found.problems)
     followed = {ticket.owner.container: dict(ticket.gpus) for ticket in found.tickets if ticket.gpus}
     assert followed == ({"main": {"GPU-a": 3}} if "side" in problem else {})
+
+
+def test_a_plan_of_any_length_is_not_read() -> None:
+    """A forged one of 256 KiB, in each of 110 pods, would cost the agent its time and memory."""
+    found = tickets_of(annotated(" " * 2**18), [RESOURCE])
+    assert [ticket.asked for ticket in found.tickets] == [3, 1]
+    assert found.problems == (f"pod x/p: {ALLOCATION}: 262144 characters are no plan (at most 16384)",)
+    gpus = {f"GPU-{number:08}-2fa1-11d2-883f-0016d3cca427": 48 for number in range(2)}
+    plan = Allocation(containers=tuple(ContainerAllocation(name=f"container-{n:03}", gpus=gpus) for n in range(100)))
+    assert len(plan.text()) < LONGEST_PLAN, "what a scheduler writes is shorter"
 
 
 def test_a_container_of_two_resources_has_no_plan() -> None:
