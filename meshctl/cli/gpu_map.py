@@ -29,8 +29,9 @@ _ASCII = str.maketrans({FREE: ".", UNAVAILABLE: "#"})
 _LATIN = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 _LETTERS = _LATIN + "ΓΔΘΛΞΠΣΦΨΩαβγδεζηθλμξπστφχψωБДЖИЛЦЧШЩЭЮЯ"
 """One cell each, no two alike; 100 at least: a GPU has at most so many holders, each with a letter of its own there."""
-_COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "red", "bright_cyan", "bright_green", "bright_yellow",
-            "bright_magenta", "bright_blue", "bright_red")  # fmt: skip
+_COLOURS = ("cyan", "green", "yellow", "magenta", "bright_blue", "white", "bright_cyan", "bright_green",
+            "bright_yellow", "bright_magenta", "bright_red", "bright_white")  # fmt: skip
+"""Black is read on each; on plain blue and red it is not."""
 _NARROWEST_BAR = 20
 _NARROWEST_PRODUCT = 8
 _MARKS = {STARTING: "yellow", FREE: "dim", UNAVAILABLE: "red"}
