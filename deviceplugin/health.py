@@ -114,6 +114,10 @@ class GpuHealth:
             return Health(False, Reason.RECOVERING, f"{self._trouble()}; {wait}")
         return Health()
 
+    def settled(self, now_s: float, rules: HealthRules) -> GpuHealth:
+        """What it has recovered from is over: later rules that ask for more patience are for later troubles."""
+        return GpuHealth() if self.health(now_s, rules).healthy else self
+
     def shifted(self, by_s: float) -> GpuHealth:
         """As it is written down for the next run, and read by it: nobody watched the GPU in between, so its wait begins
         anew; of the MPS daemon the next run finds out by itself."""

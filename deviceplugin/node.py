@@ -123,9 +123,7 @@ class Node:
     def saved(self, now_s: float) -> Saved:
         """What the next run must know. A GPU that is well is saved as such: its last probe is nobody's business."""
         gpus = {
-            uuid: SavedGpu(
-                card.gpu, card.sharing, GpuHealth() if card.illness.health(now_s, card.rules).healthy else card.illness
-            )
+            uuid: SavedGpu(card.gpu, card.sharing, card.illness.settled(now_s, card.rules))
             for uuid, card in self._cards.items()
         }
         return Saved(gpus, self.ledger.pending)
@@ -179,7 +177,7 @@ class Node:
     def probed(self, uuid: str, error: Exception | None, now_s: float) -> None:
         """An answer that was under way when the GPU was lost says nothing."""
         if (card := self._cards.get(uuid)) is not None and card.present:
-            self._cards[uuid] = replace(card, illness=card.illness.probed(error, now_s))
+            self._cards[uuid] = replace(card, illness=card.illness.probed(error, now_s).settled(now_s, card.rules))
 
     def mps(self, uuid: str, status: MpsStatus, now_s: float) -> None:
         if (card := self._cards.get(uuid)) is not None and card.mps != status:

@@ -168,6 +168,20 @@ def test_probes_bring_a_gpu_back() -> None:
     assert all(_healthy(node, 13.0))
 
 
+def test_a_gpu_that_recovered_is_not_taken_back_by_a_policy_with_more_patience() -> None:
+    """Its trouble is over; the new recoverAfter is for the next."""
+    node = _node(sharing=replace(SLICED, health=HealthRules(recover_after_s=10)))
+    node.xid(79, A, 100.0)
+    for now_s in (101.0, 111.0):
+        node.probed(A, None, now_s)
+    assert _healthy(node, 112.0) == [True] * 4
+    _ask(node, replace(SLICED, generation=2, health=HealthRules(recover_after_s=60)))
+    assert _healthy(node, 112.0) == [True] * 4
+    node.xid(79, A, 113.0)
+    node.probed(A, None, 114.0)
+    assert (_healthy(node, 173.0), _healthy(node, 174.0)) == ([False] * 4, [True] * 4)
+
+
 @pytest.mark.parametrize("seen_by", ["inventory", "probe", "inventory, then a probe that was late"])
 def test_a_gpu_that_fell_off_the_bus_is_told_of_and_recovers_by_probes(seen_by: str) -> None:
     """Its slots are unhealthy, its holders known; back again it is like any GPU that was ill, whoever saw it go."""
