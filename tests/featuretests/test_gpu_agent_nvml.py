@@ -132,6 +132,26 @@ async def test_a_gpu_that_falls_off_the_bus_is_told_of_and_comes_back(site: GpuS
         await counted(agent, xids(lost, 79, ignored=False, count=2))
 
 
+async def test_a_gpu_that_is_lost_when_the_agent_starts_keeps_its_containers(site: GpuSite) -> None:
+    """Who holds its slots is known from the kubelet, how it was shared from the state file; it comes back as it was."""
+    async with site.agent() as agent:
+        await site.kubelet.has(RESOURCE, 8)
+        lost = await site.given(A)
+        await holders(agent, A)
+        await agent.end(signal.SIGKILL)
+    site.driver.lose(lost)
+    site.policies(default={**SLICED, "replicas": 2})
+    async with site.agent() as agent:
+        await holders(agent, A)
+        await told(agent, lost, "Healthy", "Lost")
+        assert agent.gpus()[lost]["slots"] == {"total": 4, "used": 1, "free": 0, "unavailable": 3}
+        await site.kubelet.has(RESOURCE, 2)
+        site.driver.heal(lost)
+        await site.kubelet.has(RESOURCE, 6)
+        await told(agent, lost, "Shared", "WaitingForPods")
+        await holders(agent, A)
+
+
 # ----------------------------------------------------------------------------------------------------------------- XIDs
 
 
