@@ -72,6 +72,7 @@ class GpuNode(Processes):
             f"--kubeconfig={self.cluster.kubeconfig_bound(ACCOUNT, NAME)}",
             f"--inventory=file:{self.directory / 'gpus.json'}",
             f"--mps-control={BINARY}",
+            hasty=True,
         )
 
     def _end_mps(self) -> None:

@@ -77,7 +77,7 @@ async def test_a_restart_of_kubelet_agent_or_containerd_loses_nothing(gpu_node: 
     await gpu_node.phase(namespace, "server", "Running")
     holders = await gpu_node.until_holders("server")
     daemons = {uuid: status["mps"]["state"] for uuid, status in (await gpu_node.status()).items()}
-    for number, process in enumerate((gpu_node.agent, gpu_node.node.containerd, gpu_node.node.kubelet)):
+    for number, process in enumerate((gpu_node.node.kubelet, gpu_node.agent, gpu_node.node.containerd)):
         await process.end(signal.SIGKILL)
         await completed(process.start)
         name = f"after-{number}"
