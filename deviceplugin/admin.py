@@ -10,18 +10,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from deviceplugin.agent import Agent
 from meshctl.httpserver import HttpServer, json_response
+from meshctl.model import Problem
 
 
 class AdminServer(HttpServer):
     """Serves from `start` to `stop`."""
 
-    def __init__(self, agent: Agent) -> None:
-        self._agent = agent
+    def __init__(self, agent: Agent, told: Callable[[], Sequence[Problem]] = tuple) -> None:
+        """`told` says what stands in the way of telling people."""
+        self._agent, self._told = agent, told
         super().__init__(
             [
                 web.get("/healthz", self._healthz),
@@ -36,7 +40,10 @@ class AdminServer(HttpServer):
 
     async def _readyz(self, _: web.Request) -> web.Response:
         ready = self._agent.node.told
-        body = {"ready": ready, "problems": [f"{p.where}: {p.message}" for p in self._agent.problems()]}
+        body = {
+            "ready": ready,
+            "problems": [f"{p.where}: {p.message}" for p in (*self._agent.problems(), *self._told())],
+        }
         return json_response(body, status=200 if ready else 503)
 
     async def _exposition(self, _: web.Request) -> web.Response:

@@ -142,7 +142,13 @@ class Agent:
     def problems(self) -> tuple[Problem, ...]:
         """What is wrong now, by activity."""
         own = tuple(Problem(activity, message) for activity, message in sorted(self._problems.items()))
-        return own + self._unshown() + self.parts.world.problems()
+        return own + self._unshown() + self._plans() + self.parts.world.problems()
+
+    def _plans(self) -> tuple[Problem, ...]:
+        """Which pods' plans can't be followed."""
+        pods, resources = self.parts.world.pods() or (), self.node.resources()
+        said = [words for pod in pods for words in tickets_of(pod, resources).problems]
+        return tuple(Problem("plan", words) for words in sorted(said))
 
     def _unshown(self) -> tuple[Problem, ...]:
         names = ", ".join(map(str, sorted(self.node.unshown or ())))

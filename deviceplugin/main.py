@@ -145,7 +145,7 @@ async def _agent(config: Config) -> AsyncIterator[tuple[Agent, GpuPublisher | No
         agent = Agent(parts, node, config.pace)
         stack.push_async_callback(agent.stop)
         await agent.start()
-        admin = AdminServer(agent)
+        admin = AdminServer(agent, publisher.problems if publisher is not None else tuple)
         await admin.start(config.admin)
         stack.push_async_callback(admin.stop)
         log.info("serving", node=config.node, gpus=len(node.cards), admin=str(admin.address))

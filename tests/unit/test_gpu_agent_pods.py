@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import orjson
 import pytest
 
+from deviceplugin.admin import AdminServer
 from deviceplugin.health import GpuHealth
 from deviceplugin.ledger import GONE_S
 from deviceplugin.node import Saved, SavedGpu
+from meshctl.address import Address
+from meshctl.api.allocation import ALLOCATION
+from meshctl.model import Problem
 from meshctl.sharing import RESOURCE, Gpu, Isolation, Mode, MpsPhase, Sharing, Slot
 from tests.harness.agent_world import SLICED, A, B, World
 from tests.harness.model_kubelet import Container, Pod
-from tests.harness.tools import until
+from tests.harness.tools import page, until
 
 
 @pytest.fixture
@@ -67,6 +73,27 @@ async def test_what_happened_last_is_known_to_the_next_run(world: World) -> None
     saved = world.agent.parts.checkpoint.load(0.0)
     assert saved is not None
     assert {uuid: one.health.xids for uuid, one in saved.gpus.items()} == {A: (), B: (79,)}
+
+
+async def test_a_plan_that_cannot_be_followed_is_a_problem_with_words(world: World) -> None:
+    """The pod gets slots all the same, and whoever looks for the reason finds it at /readyz; it goes with the pod."""
+    pod = _pod("odd").object()
+    pod["metadata"]["annotations"] = {ALLOCATION: "not JSON"}
+    world.cluster.live.append(pod)
+    world.cluster.told()
+    (problem,) = world.agent.problems()
+    assert str(problem.message).startswith(f"pod x/odd: {ALLOCATION}: ")
+    server = AdminServer(world.agent, lambda: [Problem("gpus", "not written")])
+    await server.start(Address("127.0.0.1", 0))
+    try:
+        said = await asyncio.to_thread(page, f"http://{server.address}/readyz")
+        assert said is not None
+        assert [text.partition(":")[0] for text in orjson.loads(said)["problems"]] == ["plan", "gpus"]
+    finally:
+        await server.stop()
+    world.cluster.live.clear()
+    world.cluster.told()
+    assert world.agent.problems() == ()
 
 
 async def test_15_to_ask_what_an_allocation_would_be_changes_nothing(world: World) -> None:
