@@ -376,7 +376,7 @@ async def bench_cluster(report: Report, directory: Path, scale: Scale) -> None:
         account = await asyncio.to_thread(cluster.kubeconfig_bound, ACCOUNT, NODE)
         async with (
             connect(cluster.kubeconfig) as client,
-            standing(directory / "in-cluster", Mode.MPS, f"--kubeconfig={account}") as stand,
+            standing(directory / "node", Mode.MPS, f"--kubeconfig={account}") as stand,
         ):
             await _in_cluster(report, stand, PodChurn(stand.admissions, client, namespace), scale)
 
@@ -392,7 +392,7 @@ async def _in_cluster(report: Report, stand: Stand, churn: PodChurn, scale: Scal
     for _ in range(scale.calls // 10):
         await churn.go()
         await churn.come()
-    _calls(report, stand, f"{note}; pods listed anew for each")
+    _calls(report, stand, f"{note}; pods listed anew for each", target_ms=None)
     report.add(Figure("containers on another GPU than planned", churn.astray, "containers", at_most(0), note))
     report.add(*_memory(stand, f"after them; {note}"))
 
@@ -456,7 +456,7 @@ def main(
     scale = Scale(CALLS, RESTARTS, PODS, IDLE_S)
     if quick:
         scale = Scale(QUICK_CALLS, QUICK_RESTARTS, QUICK_PODS, QUICK_IDLE_S)
-    with tempfile.TemporaryDirectory(prefix="meshctl-bench-") as directory:
+    with tempfile.TemporaryDirectory(prefix="meshctl-") as directory:  # short: MPS's sockets are six levels below it
         asyncio.run(_bench(report, Path(directory), only or list(Part), scale))
     report.show(as_json=as_json)
 
