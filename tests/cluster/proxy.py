@@ -71,6 +71,10 @@ class ApiProxy:
         text = body if isinstance(body, bytes) else orjson.dumps(body if body is not None else {"kind": "Status"})
         self._answers.append((what, status, headers or {}, text))
 
+    def watched(self, what: str) -> bool:
+        """Somebody has such a watch open; who has listed may be about to."""
+        return what in self._streams.values()
+
     def say(self, what: str, event: Mapping[str, Any]) -> None:
         """Every open watch of this kind is told this event."""
         for queue, asked in self._streams.items():

@@ -396,6 +396,11 @@ async def test_a_policy_of_another_schema_leaves_its_last_version(
         live = (await client.list("GPUSharingPolicy")).items
         newer = next(item for item in live if item["metadata"]["name"] == name)
         newer = {**newer, "spec": {**newer["spec"], "futures": True}}
+
+        async def watched() -> bool:
+            return proxy.watched("WATCH gpusharingpolicies")
+
+        await until(watched, "the view hears what is said")
         proxy.say("WATCH gpusharingpolicies", {"type": "MODIFIED", "object": newer})
         await learnt(seen, lambda: any("futures" in problem.message for problem in seen.problems()))
         (problem,) = seen.problems()
