@@ -238,19 +238,18 @@ class Agent:
         watched, and to steer by the plan of another pod is worse than to wait a few milliseconds. Sometimes it matters,
         too, who is on the GPUs this very moment: between tenants, and when somebody seems to hold slots whose pod the
         kubelet has not acknowledged: that may be the last pod of this name, and this one asks now (a StatefulSet's)."""
-        pods: Sequence[KubeObject] | None
+        fresh = None
         try:
-            pods = await self.parts.world.fresh_pods(FRESH_S)
+            fresh = self._tickets(await self.parts.world.fresh_pods(FRESH_S))
         except MeshctlError as error:
             log.warning("the pods of the node are as last seen", error=str(error))
-            pods = self.parts.world.pods()
-        tickets = None if pods is None else self._tickets(pods)
-        if self._isolated(resource) or self._namesake(tickets or ()):
+        tickets = self._tickets(self.parts.world.pods() or ()) if fresh is None else fresh
+        if self._isolated(resource) or self._namesake(tickets):
             try:
-                await self._ask_kubelet(tickets)
+                await self._ask_kubelet(fresh)
             except UnavailableError as error:
                 log.warning("who holds what is as last seen", error=str(error))
-        return tickets or ()
+        return tickets
 
     def _isolated(self, resource: str) -> bool:
         sharings = (card.sharing for card in self.node.cards.values())
@@ -424,10 +423,11 @@ class Agent:
         async with self._asking:  # answers count in the order of the questions
             asked_at_s = self._now_s()
             held = await self.parts.holdings.held(self.node.resources())
-            if tickets is None and (pods := self.parts.world.pods()) is not None:
+            behind = tickets is None
+            if behind and (pods := self.parts.world.pods()) is not None:
                 tickets = self._tickets(pods)
             before = sorted(self.node.cards)
-            self.node.listed(held, asked_at_s, tickets)
+            self.node.listed(held, asked_at_s, tickets, behind=behind)
             for uuid in before:
                 if uuid not in self.node.cards:  # it was taken out while no agent ran
                     self._spawn(uuid, self._unwant(uuid))
@@ -494,6 +494,7 @@ class Agent:
             done = True
         except MeshctlError as error:
             self._failed(f"change {uuid}", error)
+            self.node.hindered(uuid, str(error))
             await asyncio.sleep(self._pace.retry_s)
         finally:
             self.node.finished(uuid, changed=done)

@@ -24,10 +24,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import structlog
+
 from deviceplugin.mpscontrol import Held, MpsControl, MpsError
 from deviceplugin.ports import GpuError, GpuLostError, Inventory
 from meshctl.errors import InputError, MeshctlError
 from meshctl.sharing import Gpu, MpsPhase, MpsStatus
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +232,10 @@ class _Daemon:
                 why = str(error)
                 self._failed(why)
                 wait_s = self.pace.wait_s(self._starts)
+            except Exception as error:  # nobody else watches this GPU's daemon
+                log.exception("supervision failed, trying again", gpu=self.uuid)
+                self._failed(f"GPU {self.uuid}: {error!r}")
+                wait_s = self.pace.longest_wait_s
             await asyncio.sleep(wait_s)
 
     async def _up(self, why: str) -> Held | None:

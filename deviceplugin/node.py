@@ -56,6 +56,8 @@ class Card:
     sharing: Sharing | None = None
     """In force; None: it has no slots."""
     wanted: Wanted = field(default_factory=Wanted)
+    obstacle: str = ""
+    """Why the last try to share it otherwise failed; "" when it did not."""
     changing: bool = False
     """Between two ways of sharing: no slots are given out."""
     illness: GpuHealth = field(default_factory=GpuHealth)
@@ -187,13 +189,20 @@ class Node:
         if (card := self._cards.get(uuid)) is not None:
             self._cards[uuid] = replace(card, over=over)
 
-    def listed(self, held: Mapping[Slot, Owner], asked_at_s: float, tickets: Collection[Ticket] | None = ()) -> None:
+    def listed(
+        self,
+        held: Mapping[Slot, Owner],
+        asked_at_s: float,
+        tickets: Collection[Ticket] | None = (),
+        *,
+        behind: bool = False,
+    ) -> None:
         """The kubelet's word, as of `asked_at_s`; `tickets` of all pods of the node that have not ended (None: they are
-        not known yet)."""
+        not known yet). `behind`: a pod that the kubelet has not acknowledged there may have been long ago."""
         unseen, alive, waiting = None, None, frozenset[Owner]()
         if tickets is not None:
             unseen, alive = hidden(tickets), frozenset(ticket.owner for ticket in tickets)
-            waiting = frozenset(ticket.owner for ticket in tickets if not ticket.admitted)
+            waiting = frozenset(ticket.owner for ticket in tickets if not (ticket.admitted or behind))
         self.ledger = self.ledger.observed(held, asked_at_s, unseen, alive, waiting)
         self.told = True
         if tickets is not None and self.unshown != frozenset():
@@ -224,8 +233,12 @@ class Node:
     def begun(self, uuid: str) -> None:
         self._cards[uuid] = replace(self._cards[uuid], changing=True)
 
+    def hindered(self, uuid: str, why: str) -> None:
+        """It could not be shared otherwise yet; it is tried again."""
+        self._cards[uuid] = replace(self._cards[uuid], obstacle=why)
+
     def finished(self, uuid: str, *, changed: bool) -> None:
-        card = self._cards[uuid]
+        card = self._cards[uuid] if not changed else replace(self._cards[uuid], obstacle="")
         taken = changed and not card.wanted.refused  # it may be another policy by now
         self._cards[uuid] = replace(card, changing=False, sharing=card.wanted.sharing if taken else card.sharing)
 
@@ -255,6 +268,7 @@ class Node:
             withdrawn=card.changing or card.drains or card.waits_for_mps,
             health=card.health(now_s),
             mps=card.mps,
+            obstacle=card.obstacle,
             over=card.over,
         )
 

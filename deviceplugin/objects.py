@@ -40,6 +40,8 @@ class Seen:
     """No new container is given a slot, for another cause than its health: it drains, or changes."""
     health: Health = field(default_factory=Health)
     mps: MpsStatus = field(default_factory=MpsStatus)
+    obstacle: str = ""
+    """Why it could not be shared otherwise when that was tried last, though nobody holds a slot."""
     over: str | None = None
     """Which container has more processes on it than its share allows for, in words; "": none; None: nobody knows."""
 
@@ -201,7 +203,8 @@ def _waits(seen: Seen, ledger: Ledger) -> tuple[str, str]:
         until = f"; {_as_said(now)}, for those who have slots: {whom}" if now is not None and busy else ""
         return "NoPolicy", f"no GPUSharingPolicy is for it{until}"
     if now is None or not busy:
-        return "Changing", f"in a moment: {_as_said(then)}"
+        when = f"not yet ({seen.obstacle}), then" if seen.obstacle else "in a moment"
+        return "Changing", f"{when}: {_as_said(then)}"
     goes_on = "no new container is given slots" if seen.withdrawn else _as_said(now)
     reason = "Draining" if seen.withdrawn else "WaitingForPods"
     return reason, f"waits for {whom} to end; until then {goes_on}, then {_as_said(then)}"

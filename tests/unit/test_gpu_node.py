@@ -8,6 +8,7 @@ import pytest
 
 from deviceplugin.allocate import Grant
 from deviceplugin.node import Node
+from deviceplugin.objects import status_of
 from deviceplugin.policies import Refusal, Wanted
 from deviceplugin.ports import GpuLostError
 from meshctl.sharing import Gpu, HealthRules, Mode, MpsPhase, MpsStatus, OnChange, Owner, Sharing, Slot, Ticket
@@ -282,3 +283,17 @@ def test_while_it_changes_no_slot_is_offered() -> None:
     node.finished(A, changed=False)
     assert _healthy(node) == [True] * 4
     assert node.due() == (A,)
+
+
+def test_a_change_that_cannot_be_made_yet_says_why() -> None:
+    """A process that keeps the MPS server busy, say; the words go when the change is made."""
+    node = _node()
+    _ask(node, replace(SLICED, replicas=2))
+    node.begun(A)
+    node.hindered(A, "process 7 is still there")
+    node.finished(A, changed=False)
+    shared = next(one for one in status_of(node.seen(A, 2.0, ""), node.ledger)["conditions"] if one["type"] == "Shared")
+    assert shared["message"].startswith("not yet (process 7 is still there), then: TimeSlicing, 2 slots")
+    node.begun(A)
+    node.finished(A, changed=True)
+    assert node.seen(A, 3.0, "").obstacle == ""
