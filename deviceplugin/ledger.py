@@ -142,21 +142,23 @@ class Ledger:
 
         `alive` are the containers of pods that have not ended, as the API server says; None: nobody knows. One that the
         listing does not show at all keeps what it had: a kubelet that has just started may not know its pods yet, and
-        does not for as long as the API server is away. What was promised to nobody who is alive is free after `GONE_S`.
+        does not for as long as the API server is away. So does what may have been promised to it; what was promised to
+        nobody who is alive is free after `GONE_S`.
         `waiting` are those of `alive` whose pod the kubelet has not acknowledged: what one of them had was another
         pod's of the same name, which has ended (a StatefulSet's).
         """
+        missing = frozenset(alive or ()).difference(held.values())
         pending = {
             slot: promise
             for slot, promise in self.pending.items()
             if promise.at_s > now_s
             or (
                 slot not in held
-                and (now_s - promise.at_s <= PENDING_S or _unseen(promise, hidden))
+                and (now_s - promise.at_s <= PENDING_S or _unseen(promise, hidden) or promise.owners & missing)
                 and not (now_s - promise.at_s > GONE_S and _ended(promise, alive))
             )
         }
-        forgotten = frozenset(alive or ()).difference(held.values(), waiting)
+        forgotten = missing.difference(waiting)
         kept = {slot: owner for slot, owner in self.held.items() if owner in forgotten and slot not in held}
         shown = {**held, **kept}
         return Ledger({slot: owner for slot, owner in shown.items() if slot not in pending}, pending)

@@ -78,6 +78,16 @@ def test_a_kubelet_that_forgot_its_pods_frees_nothing() -> None:
     assert ledger.observed({B0: OTHER}, 5.0, alive={SERVER, OTHER}) == Ledger({A0: SERVER, B0: OTHER})
 
 
+def test_what_a_pod_was_promised_stays_while_the_kubelet_has_forgotten_it() -> None:
+    """Killed before a listing could show the pod, it shows none until the API server is back: longer than a promise
+    lasts. One that it shows has what is shown, and no promise besides."""
+    promised = Ledger().granted([grant(A0)], 10.0)
+    late_s = 11.0 + PENDING_S
+    assert promised.observed({}, late_s, alive={SERVER}) == promised
+    assert promised.observed({B0: SERVER}, late_s, alive={SERVER}) == Ledger({B0: SERVER})
+    assert promised.observed({}, late_s, alive={OTHER}) == Ledger()
+
+
 def test_a_forgotten_owners_slot_is_whoever_the_kubelet_shows() -> None:
     """Its word on a slot wins."""
     assert Ledger({A0: SERVER}).observed({A0: OTHER}, 5.0, alive={SERVER, OTHER}) == Ledger({A0: OTHER})

@@ -259,6 +259,17 @@ def test_a_gpu_is_not_taken_for_empty_on_the_word_of_a_kubelet_that_forgot_its_p
     assert again.ledger.holders(A) == {SERVER: (0,)}
 
 
+def test_a_pod_that_is_running_longer_than_the_watch_knows_keeps_its_slots() -> None:
+    """The API server went away before it told of the pod's start, and the kubelet has forgotten its pods. Where it is
+    known that the pod has not started, its slots were its namesake's, which has ended."""
+    node, seen = _node(), [Ticket(SERVER, asked=1, admitted=False)]
+    _hold(node, 0)
+    node.listed({}, 2.0, seen, behind=True)
+    assert node.ledger.holders(A) == {SERVER: (0,)}
+    node.listed({}, 3.0, seen)
+    assert not node.busy(A)
+
+
 def test_who_is_not_shown_may_have_ended_or_be_about_to_start() -> None:
     """A pod that ended before it was shown is waited for no longer; one that the kubelet has not acknowledged, or an
     init container, is never shown and never waited for."""
