@@ -65,6 +65,7 @@ class Pod:
             "metadata": {
                 "namespace": self.namespace,
                 "name": self.name,
+                "uid": f"{self.namespace}-{self.name}",
                 "creationTimestamp": self.created,
                 "annotations": notes,
             },
@@ -143,22 +144,32 @@ class ModelKubelet:
         del self.pods[pod]
 
     def admit(self, pod: Pod) -> Admission:
-        """A pod that is refused has nothing afterwards."""
-        given = self.pods[pod] = {}
+        """A pod that is refused has nothing afterwards. One whose admission was broken off (a kubelet that was killed)
+        and is admitted anew keeps what its containers were given."""
+        given = self.pods.setdefault(pod, {})
         reusable: dict[str, frozenset[str]] = defaultdict(frozenset)
         for container in pod.containers:
             try:
-                ids = (yield from self._chosen(container, reusable)) if container.asks else frozenset()
-                if ids:
-                    yield Allocate(container.resource, sorted(ids))
+                ids = given.get(container)
+                if ids is None:
+                    ids = given[container] = yield from self._given(container, reusable)
             except MeshctlError as refused:
                 del self.pods[pod]
                 return str(refused)
             mine = reusable[container.resource]
-            assert not ids & (self.used - mine), f"given twice: {sorted(ids & self.used)}"
-            given[container] = ids
             reusable[container.resource] = mine | ids if container.kind is Kind.INIT else mine - ids
         return ""
+
+    def _given(
+        self, container: Container, reusable: Mapping[str, frozenset[str]]
+    ) -> Generator[Call, list[str], frozenset[str]]:
+        if not container.asks:
+            return frozenset()
+        ids = yield from self._chosen(container, reusable)
+        yield Allocate(container.resource, sorted(ids))
+        twice = ids & (self.used - reusable[container.resource])
+        assert not twice, f"given twice: {sorted(twice)}"
+        return ids
 
     def _chosen(
         self, container: Container, reusable: Mapping[str, frozenset[str]]
