@@ -103,7 +103,8 @@ async def _from_cluster(kubeconfig: Path | None, context: str | None) -> list[Ku
 
     async with connect(kubeconfig, context) as client:
         try:
-            return [KINDS["GPU"].kept(item) for item in (await client.list("GPU")).items]
+            listed = await client.list("GPU", retry=False)  # whoever looks is told at once, and looks again
+            return [KINDS["GPU"].kept(item) for item in listed.items]
         except AbsentError as error:
             raise MeshctlError(f"{client.server} knows no GPU objects; install meshctl's CRDs there (crds/)") from error
         except UnavailableError as error:
