@@ -121,11 +121,11 @@ class Client:
                 return
             query["continue"] = token
 
-    async def list(self, kind: str, namespace: str = "", *, label_selector: str = "") -> Listing:
+    async def list(self, kind: str, namespace: str = "", *, label_selector: str = "", retry: bool = True) -> Listing:
         """`pages` in one. A reflector is better for what is wanted more than once."""
         items: tuple[Raw, ...] = ()
         version = ""
-        async for page in self.pages(KINDS[kind], namespace, label_selector=label_selector):
+        async for page in self.pages(KINDS[kind], namespace, label_selector=label_selector, retry=retry):
             items, version = items + page.items, page.resource_version
         return Listing(items, version)
 
