@@ -9,28 +9,29 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import structlog
 
 from deviceplugin import allocate as rules
+from deviceplugin.asking import Askers
 from deviceplugin.checkpoint import Checkpoint
 from deviceplugin.clients import excess
 from deviceplugin.containers import response
 from deviceplugin.metrics import Metrics
 from deviceplugin.node import Card, Node
 from deviceplugin.objects import gpu_object
-from deviceplugin.policies import Policy, wanted
-from deviceplugin.ports import ContainerResponse, Device, GpuError, Inventory, Mps
-from deviceplugin.tickets import candidates, tickets_of
+from deviceplugin.policies import wanted
+from deviceplugin.ports import ContainerResponse, Device, GpuError, Holdings, Inventory, Mps, World
+from deviceplugin.saver import Saver
+from deviceplugin.tickets import candidates
 from meshctl.errors import MeshctlError, UnavailableError
 from meshctl.model import Problem
 from meshctl.ports import Clock, KubeObject
-from meshctl.sharing import Isolation, Mode, Owner, Slot, Ticket
+from meshctl.sharing import Mode, Slot, Ticket
 
 log = structlog.get_logger(__name__)
 
@@ -54,55 +55,6 @@ class Pace:
     """At least between two looks: many pods that start together are one, and keep no Allocate waiting."""
     retry_s: float = 5.0
     """Until a change of sharing that failed is tried again."""
-
-
-class World(Protocol):
-    """What the agent knows of its cluster, or of its policy file."""
-
-    @property
-    def node_labels(self) -> Mapping[str, str] | None:
-        """None: not known yet."""
-        ...
-
-    @property
-    def node_uid(self) -> str: ...
-    def policies(self) -> Sequence[Policy] | None:
-        """None: not known yet; nothing is deleted then."""
-        ...
-
-    def pods(self) -> Sequence[KubeObject] | None:
-        """Pods of this node; empty without a cluster. None: not known yet."""
-        ...
-
-    async def fresh_pods(self, deadline_s: float) -> Sequence[KubeObject]:
-        """The same, asked anew. Raises UnavailableError."""
-        ...
-
-    def problems(self) -> tuple[Problem, ...]: ...
-    async def wait_changed(self) -> None: ...
-
-
-class Holdings(Protocol):
-    """The kubelet's word on who holds what."""
-
-    async def held(self, resources: frozenset[str]) -> Mapping[Slot, Owner]:
-        """Raises UnavailableError when it cannot say."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Advice:
-    """An answer to GetPreferredAllocation. The kubelet allocates right after it, for the same container."""
-
-    resource: str
-    size: int
-    tickets: Sequence[Ticket]
-    """Of all pods, by which it was found."""
-    at_s: float
-
-    def fits(self, resource: str, containers: Sequence[Sequence[str]], now_s: float) -> bool:
-        same = self.resource == resource and [self.size] == [len(ids) for ids in containers]
-        return same and now_s - self.at_s < FRESH_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +83,9 @@ class Agent:
         self._look = asyncio.Event()
         """Who holds what is to be asked now."""
         self._allocating = asyncio.Lock()
-        self._saving = asyncio.Lock()
         self._asking = asyncio.Lock()
-        self._advised: _Advice | None = None
-        self._saved: object = None
+        self._askers = Askers(node, parts.world, self._now_s, self._ask_kubelet)
+        self._saver = Saver(parts.checkpoint, node.saved, self._now_s)
         self._changes: dict[str, asyncio.Task[None]] = {}
         self._problems: dict[str, str] = {}
         parts.metrics.observe(node, parts.clock.now_s)
@@ -142,13 +93,7 @@ class Agent:
     def problems(self) -> tuple[Problem, ...]:
         """What is wrong now, by activity."""
         own = tuple(Problem(activity, message) for activity, message in sorted(self._problems.items()))
-        return own + self._unshown() + self._plans() + self.parts.world.problems()
-
-    def _plans(self) -> tuple[Problem, ...]:
-        """Which pods' plans can't be followed."""
-        pods, resources = self.parts.world.pods() or (), self.node.resources()
-        said = [words for pod in pods for words in tickets_of(pod, resources).problems]
-        return tuple(Problem("plan", words) for words in sorted(said))
+        return own + self._unshown() + self._askers.problems() + self.parts.world.problems()
 
     def _unshown(self) -> tuple[Problem, ...]:
         names = ", ".join(map(str, sorted(self.node.unshown or ())))
@@ -185,8 +130,7 @@ class Agent:
         await self._changed.wait()
 
     async def preferred(self, resource: str, available: Sequence[str], must: Sequence[str], size: int) -> list[str]:
-        tickets = await self._tickets_now(resource)
-        self._advised = _Advice(resource, size, tickets, self._now_s())
+        tickets = await self._askers.advised(resource, size)
         asking = candidates(tickets, resource, size, self.node.ledger)
         gpus = self.node.shared(self._now_s())
         return rules.prefer(resource, gpus, available, must, size, self.node.ledger, asking)
@@ -203,9 +147,7 @@ class Agent:
         return found
 
     async def _allocate(self, resource: str, containers: Sequence[Sequence[str]]) -> list[ContainerResponse]:
-        advised, self._advised = self._advised, None
-        known = advised is not None and advised.fits(resource, containers, self._now_s())
-        tickets = advised.tickets if advised is not None and known else await self._tickets_now(resource)
+        tickets = await self._askers.asking(resource, [len(ids) for ids in containers])
         # the last wait: a GPU that begins to change in a later one would be given as it no longer is
         await self._settled({Slot.parse(text).uuid for ids in containers for text in ids if _ours(text)})
         ledger = self.node.ledger
@@ -218,7 +160,7 @@ class Agent:
         before = self.node.ledger
         self.node.ledger = before.granted(grants, now_s)
         try:
-            await self._save()
+            await self._saver.save(lasting=False)
         except OSError as error:
             self.node.ledger = self.node.ledger.withdrawn(slots)
             raise UnavailableError(
@@ -232,38 +174,6 @@ class Agent:
             card = self.node.cards.get(uuid)
             if card is not None and card.by_mps:
                 await self.parts.mps.ready(uuid, READY_S)
-
-    async def _tickets_now(self, resource: str) -> Sequence[Ticket]:
-        """Of the pods of this node, at least of those that the kubelet knows: what we watched may be behind what it
-        watched, and to steer by the plan of another pod is worse than to wait a few milliseconds. Sometimes it matters,
-        too, who is on the GPUs this very moment: between tenants, and when somebody seems to hold slots whose pod the
-        kubelet has not acknowledged: that may be the last pod of this name, and this one asks now (a StatefulSet's)."""
-        fresh = None
-        try:
-            fresh = self._tickets(await self.parts.world.fresh_pods(FRESH_S))
-        except MeshctlError as error:
-            log.warning("the pods of the node are as last seen", error=str(error))
-        tickets = self._tickets(self.parts.world.pods() or ()) if fresh is None else fresh
-        if self._isolated(resource) or self._namesake(tickets):
-            try:
-                await self._ask_kubelet(fresh)
-            except UnavailableError as error:
-                log.warning("who holds what is as last seen", error=str(error))
-        return tickets
-
-    def _isolated(self, resource: str) -> bool:
-        sharings = (card.sharing for card in self.node.cards.values())
-        return any(
-            one is not None and one.isolation is Isolation.TENANT and one.resource == resource for one in sharings
-        )
-
-    def _namesake(self, tickets: Sequence[Ticket]) -> bool:
-        holding = frozenset(self.node.ledger.held.values())
-        return any(ticket.owner in holding for ticket in tickets if not ticket.admitted)
-
-    def _tickets(self, pods: Sequence[KubeObject]) -> list[Ticket]:
-        resources = self.node.resources()
-        return [ticket for pod in pods for ticket in tickets_of(pod, resources).tickets]
 
     async def _settled(self, uuids: set[str]) -> None:
         """Returns when none of these GPUs is between two ways of sharing: the kubelet chose before it heard of it."""
@@ -356,8 +266,8 @@ class Agent:
             if card.by_mps and self.node.empty(uuid):
                 await self._unwant(uuid)
         await self.parts.mps.stop()
-        if self.node.cards and self._durable() != self._saved:
-            await self._save_soon()
+        if self.node.cards and self._saver.behind:
+            await self._save()
 
     async def _every(self, activity: str, look: Callable[[], Awaitable[None]], every_s: float) -> None:
         wake = self._look if activity == "kubelet" else asyncio.Event()
@@ -425,7 +335,7 @@ class Agent:
             held = await self.parts.holdings.held(self.node.resources())
             behind = tickets is None
             if behind and (pods := self.parts.world.pods()) is not None:
-                tickets = self._tickets(pods)
+                tickets = self._askers.tickets(pods)
             before = sorted(self.node.cards)
             self.node.listed(held, asked_at_s, tickets, behind=behind)
             for uuid in before:
@@ -455,8 +365,8 @@ class Agent:
         self._apply()
         self._changed.set()
         self._changed = asyncio.Event()
-        if self._durable() != self._saved and not self._saving.locked():
-            self._spawn("", self._save_soon())
+        if not self._saver.writes and self._saver.behind:
+            self._spawn("", self._save())
 
     def _apply(self) -> None:
         world, now_s = self.parts.world, self._now_s()
@@ -505,26 +415,9 @@ class Agent:
             self._problems.pop(f"change {uuid}", None)
         self._turn()
 
-    # ------------------------------------------------------------------------------------------------------- the disk
-
-    def _durable(self) -> object:
-        return self.node.saved(self._now_s())
-
     async def _save(self) -> None:
-        """Raises OSError. A kubelet that hangs up cancels its Allocate, but not a write that has begun."""
-        write = asyncio.create_task(self._write(), name="write state")
-        write.add_done_callback(_seen)  # who waited for it may be gone; the next turn writes again, and tells
-        await asyncio.shield(write)
-
-    async def _write(self) -> None:
-        async with self._saving:
-            state, now_s = self.node.saved(self._now_s()), self._now_s()
-            await asyncio.to_thread(self.parts.checkpoint.save, state, now_s)
-            self._saved = state
-
-    async def _save_soon(self) -> None:
         try:
-            await self._save()
+            await self._saver.save()
         except OSError as error:
             self._failed("checkpoint", error)
         else:
@@ -542,11 +435,6 @@ def cgroup_of(pid: int) -> str:
         return Path(f"/proc/{pid}/cgroup").read_text()
     except OSError:
         return ""
-
-
-def _seen(task: asyncio.Task[None]) -> None:
-    if not task.cancelled():
-        task.exception()
 
 
 def _ours(text: str) -> bool:

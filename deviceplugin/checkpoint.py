@@ -42,8 +42,8 @@ class Checkpoint:
         """
         return self._file.load(lambda body: self._saved(body, now_s))
 
-    def save(self, saved: Saved, now_s: float) -> None:
-        """Replace the file, all or nothing. Raises OSError; the old file is then still whole."""
+    def save(self, saved: Saved, now_s: float, *, lasting: bool = True) -> None:
+        """Replace the file, all or nothing (`lasting`: see StateFile). Raises OSError; the old file is then whole."""
         shift_s = self._wall_s() - now_s
         body = {
             "gpus": [
@@ -55,7 +55,7 @@ class Checkpoint:
                 for slot, promise in sorted(saved.pending.items())
             ],
         }
-        self._file.save(orjson.dumps(body, default=_listed))
+        self._file.save(orjson.dumps(body, default=_listed), lasting=lasting)
 
     def _saved(self, body: Body, now_s: float) -> Saved:
         shift_s = now_s - self._wall_s()

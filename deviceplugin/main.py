@@ -15,7 +15,7 @@ from pathlib import Path
 import structlog
 
 from deviceplugin.admin import AdminServer
-from deviceplugin.agent import Agent, Pace, Parts, World
+from deviceplugin.agent import Agent, Pace, Parts
 from deviceplugin.checkpoint import Checkpoint
 from deviceplugin.inventory import open_inventory
 from deviceplugin.journal import Journal
@@ -24,6 +24,7 @@ from deviceplugin.metrics import Metrics
 from deviceplugin.mps import MpsDaemons
 from deviceplugin.node import Node
 from deviceplugin.podresources import PodResources
+from deviceplugin.ports import World
 from deviceplugin.publish import GpuPublisher
 from deviceplugin.server import Observe, PluginServer
 from deviceplugin.watch import ClusterView, FileView, PolicyFile

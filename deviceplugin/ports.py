@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from meshctl.errors import MeshctlError
-from meshctl.sharing import Gpu, MpsStatus
+from meshctl.model import Problem
+from meshctl.ports import KubeObject
+from meshctl.sharing import Gpu, MpsStatus, Owner, Slot
+
+if TYPE_CHECKING:
+    from deviceplugin.policies import Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,4 +164,38 @@ class Mps(Protocol):
 
     async def stop(self) -> None:
         """Stops supervising; daemons run on, for the containers that are connected to them."""
+        ...
+
+
+class World(Protocol):
+    """What the agent knows of its cluster, or of its policy file."""
+
+    @property
+    def node_labels(self) -> Mapping[str, str] | None:
+        """None: not known yet."""
+        ...
+
+    @property
+    def node_uid(self) -> str: ...
+    def policies(self) -> Sequence[Policy] | None:
+        """None: not known yet; nothing is deleted then."""
+        ...
+
+    def pods(self) -> Sequence[KubeObject] | None:
+        """Pods of this node; empty without a cluster. None: not known yet."""
+        ...
+
+    async def fresh_pods(self, deadline_s: float) -> Sequence[KubeObject]:
+        """The same, asked anew. Raises UnavailableError."""
+        ...
+
+    def problems(self) -> tuple[Problem, ...]: ...
+    async def wait_changed(self) -> None: ...
+
+
+class Holdings(Protocol):
+    """The kubelet's word on who holds what."""
+
+    async def held(self, resources: frozenset[str]) -> Mapping[Slot, Owner]:
+        """Raises UnavailableError when it cannot say."""
         ...

@@ -468,10 +468,10 @@ class Disk(Checkpoint):
         super().__init__(site.directory / "agent.json", lambda: WALL_S + site.loop.time())
         self._site = site
 
-    def save(self, saved: Saved, now_s: float) -> None:
+    def save(self, saved: Saved, now_s: float, *, lasting: bool = True) -> None:
         if self._site.disk_full:
             raise OSError(errno.ENOSPC, "No space left on device")
-        super().save(saved, now_s)
+        super().save(saved, now_s, lasting=lasting)
         self._site.saved = saved
 
 
