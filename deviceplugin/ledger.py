@@ -14,7 +14,7 @@ and a wrong booking would stay. Whom it seems to be is remembered (`Pending.like
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from meshctl.sharing import Owner, Slot, Ticket
@@ -53,6 +53,8 @@ class Pending:
     """Who may have asked."""
     likely: Owner | None = None
     """Who it seems to be: the oldest whose ticket this is."""
+    seen: bool = field(default=False, compare=False)
+    """One of `owners` was among those alive since: when none is any more, they have ended."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +145,13 @@ class Ledger:
         `alive` are the containers of pods that have not ended, as the API server says; None: nobody knows. One that the
         listing does not show at all keeps what it had: a kubelet that has just started may not know its pods yet, and
         does not for as long as the API server is away. So does what may have been promised to it; what was promised to
-        nobody who is alive is free after `GONE_S`.
+        those who were alive, and are not any more, is free after `GONE_S`.
         `waiting` are those of `alive` whose pod the kubelet has not acknowledged: what one of them had was another
         pod's of the same name, which has ended (a StatefulSet's).
         """
         missing = frozenset(alive or ()).difference(held.values())
         pending = {
-            slot: promise
+            slot: _followed(promise, alive)
             for slot, promise in self.pending.items()
             if promise.at_s > now_s
             or (
@@ -180,8 +182,14 @@ class Ledger:
 
 
 def _ended(promise: Pending, alive: Collection[Owner] | None) -> bool:
-    """Everybody it may be for has ended: a pod that ended before a listing could show it."""
-    return alive is not None and bool(promise.owners) and not any(owner in alive for owner in promise.owners)
+    """Everybody it may be for has ended: a pod that ended before a listing could show it. Not one that the watch never
+    knew: it may hang."""
+    return promise.seen and alive is not None and not any(owner in alive for owner in promise.owners)
+
+
+def _followed(promise: Pending, alive: Collection[Owner] | None) -> Pending:
+    seen = promise.seen or (alive is not None and any(owner in alive for owner in promise.owners))
+    return promise if seen == promise.seen else replace(promise, seen=seen)
 
 
 def _unseen(promise: Pending, hidden: Collection[Owner] | None) -> bool:

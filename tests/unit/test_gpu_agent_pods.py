@@ -111,6 +111,7 @@ async def test_16_a_pod_that_something_else_refuses_leaves_no_reservation(world:
     pod = _pod("unlucky", (A, 4))
     assert await world.ran(pod) == ""
     assert world.agent.node.ledger.used(A) == {0, 1, 2, 3}
+    await world.looked()
     world.gone(pod)
     world.later(GONE_S + 1.0)
     await world.looked()

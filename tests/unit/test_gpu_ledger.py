@@ -94,12 +94,15 @@ def test_a_forgotten_owners_slot_is_whoever_the_kubelet_shows() -> None:
 
 
 def test_what_was_promised_to_a_pod_that_ended_is_free_soon() -> None:
-    """It ended before a listing could show it. Not at once: the watched pods may be behind."""
+    """It ended before a listing could show it. Not at once, the watched pods may be behind; and not what they never
+    were: their watch may hang."""
     promised = Ledger().granted([grant(A0)], 10.0).granted([grant(B0, owners=())], 10.0)
-    assert promised.observed({}, 10.0 + GONE_S, alive=()) == promised
-    assert set(promised.observed({}, 10.1 + GONE_S, alive=()).pending) == {B0}
-    assert promised.observed({}, 10.1 + GONE_S, alive={SERVER}) == promised
-    assert promised.observed({}, 10.1 + GONE_S) == promised
+    assert promised.observed({}, 10.1 + GONE_S, alive=()) == promised
+    lived = promised.observed({}, 11.0, alive={SERVER})
+    assert lived.observed({}, 10.0 + GONE_S, alive=()) == lived
+    assert set(lived.observed({}, 10.1 + GONE_S, alive=()).pending) == {B0}
+    assert lived.observed({}, 10.1 + GONE_S, alive={SERVER}) == lived
+    assert lived.observed({}, 10.1 + GONE_S) == lived
 
 
 def test_an_allocate_that_failed_is_withdrawn() -> None:
