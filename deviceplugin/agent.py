@@ -365,7 +365,7 @@ class Agent:
         self._apply()
         self._changed.set()
         self._changed = asyncio.Event()
-        if not self._saver.writes and self._saver.behind:
+        if not self._saver.writes and (self._saver.behind or "checkpoint" in self._problems):
             self._spawn("", self._save())
 
     def _apply(self) -> None:

@@ -43,6 +43,9 @@ PACE = Pace(inventory_s=8.0, probe_s=8.0, kubelet_s=4.0, gap_s=0.25)
 """Of an agent here: slower than the real one, since a test that lets an hour pass pays for each look."""
 START_S = 0.5
 """Of an MPS daemon, and of a kubelet until it has heard of its pods."""
+LONG_S = 3600.0
+MOST_ROUNDS = 50
+"""Of cancelling: a task that is cancelled may have begun another."""
 FIRST_PID = 1 << 30
 """No process of the machine has such an id."""
 _RUN: contextvars.ContextVar[AgentRun | None] = contextvars.ContextVar("run", default=None)
@@ -171,7 +174,9 @@ class Site:
     async def until_up(self) -> None:
         """Returns when agent and kubelet know everything that they can know, and no pod is being admitted; not while
         NVML hangs or the API server is away."""
+        deadline_s = self.loop.time() + LONG_S
         while not (self.nvml_hangs or self.cluster_away):
+            assert self.loop.time() < deadline_s, (self.run, self.knows_pods, self.admission)
             if self.knows_pods and self.run is not None and self.run.agent is not None and not self.admitting:
                 return
             await asyncio.sleep(0.25)
@@ -394,11 +399,14 @@ class AgentRun:
             await self.site.crash()
 
     async def killed(self) -> None:
-        while self.tasks:
-            ending = list(self.tasks)
+        for _ in range(MOST_ROUNDS):
+            if not (ending := list(self.tasks)):
+                break
             for task in ending:
                 task.cancel()
             await asyncio.wait(ending)
+        else:
+            self.site.violations.append(f"tasks that do not end: {sorted(map(str, self.tasks))}")
         self._unregistered(*list(self.telling))
 
     async def stopped(self) -> None:
