@@ -23,7 +23,7 @@ from deviceplugin.ports import Device, GpuLostError
 from deviceplugin.tickets import hidden
 from meshctl.sharing import Gpu, Health, HealthRules, Mode, MpsPhase, MpsStatus, OnChange, Owner, Sharing, Slot, Ticket
 
-_HARD = ("resource", "mode", "replicas", "isolation", "oversubscription_ratio", "memory_limit", "clients_per_container")
+HARD = ("resource", "mode", "replicas", "isolation", "oversubscription_ratio", "memory_limit", "clients_per_container")
 """What pods on a GPU were promised: it changes when there are none."""
 NO_RULES = HealthRules()
 
@@ -90,7 +90,7 @@ class Card:
         if self.sharing is None or self.wanted.sharing is None:
             return self.sharing is not self.wanted.sharing
         now, then = self.sharing, self.wanted.sharing
-        return any(getattr(now, name) != getattr(then, name) for name in _HARD)
+        return any(getattr(now, name) != getattr(then, name) for name in HARD)
 
     @property
     def drains(self) -> bool:
