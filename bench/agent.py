@@ -37,6 +37,7 @@ if not __package__:  # run as a file: the project's root is not on the path then
 from bench.memory import memory_mb
 from bench.report import Figure, JsonOption, Report, at_most, progress, quantiles, quiet_logs
 from deviceplugin import kubeletapi as api
+from deviceplugin.ledger import PENDING_S
 from deviceplugin.podresources import address
 from meshctl.adapters.kubernetes.client import Client, connect
 from meshctl.ports import ObjectKey
@@ -47,7 +48,7 @@ from tests.cluster.gpunode import ACCOUNT, DEPLOY, pod
 from tests.harness.agent import AgentProcess, inventory, policies
 from tests.harness.fake_kubelet import FakeKubelet, Handlers, listed_pods
 from tests.harness.mps_control import BINARY, StandIn
-from tests.harness.tools import ToolProcess, until
+from tests.harness.tools import DEADLINE_S, ToolProcess, until
 
 GPUS, SLOTS, SIZES = 16, 48, (1, 8)
 UUIDS = tuple(f"GPU-{number:08x}-1111-2222-3333-444444444444" for number in range(GPUS))
@@ -305,7 +306,8 @@ async def _agrees(report: Report, stand: Stand, note: str) -> None:
         return not left.total()
 
     try:
-        await until(same, "the agent's ledger is the kubelet's")
+        # a container that ended before a listing showed it leaves a promise that lasts PENDING_S
+        await until(same, "the agent's ledger is the kubelet's", PENDING_S + DEADLINE_S)
     finally:
         report.add(Figure("slots that agent and kubelet know otherwise", left.total(), "slots", at_most(0), note))
 

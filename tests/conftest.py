@@ -12,14 +12,22 @@ settings.register_profile("meshctl", deadline=None, suppress_health_check=[Healt
 settings.load_profile("meshctl")
 
 
+GPU_NODE = ("gpu_kubelet", "gpu_hour", "gpu_together")
+"""Tests of tests/cluster (beginnings of their files' names, after ``test_``) that share a node with GPUs."""
+
+
 class Dealt(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist has no types
-    """One worker has all of tests/cluster, so that they share one cluster; any other test goes to whoever is free.
+    """One worker has all tests that share the cluster, one those that share the node with GPUs (which is on a cluster
+    of its own); any other test goes to whoever is free.
 
     Not `--dist loadgroup`: pytest-xdist 3.8 writes the group where pytest 9 does not read it, and ignores it silently.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return "cluster" if nodeid.startswith("tests/cluster/") else nodeid
+        if not nodeid.startswith("tests/cluster/"):
+            return nodeid
+        name = nodeid.removeprefix("tests/cluster/test_")
+        return "node" if name.startswith(GPU_NODE) else "cluster"
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> LoadScopeScheduling | None:

@@ -3,6 +3,7 @@ of the controller and the agent may do what these do and nothing else."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,11 @@ OWN = {"leases.coordination.k8s.io": {"create", "get", "update"}, "configmaps": 
 
 
 @pytest.fixture(scope="module")
-def deployed(cluster: Cluster) -> str:
-    """What kubectl said when deploy/ was applied, errors and warnings too."""
-    return _applied(cluster, DEPLOY)
+def deployed(cluster: Cluster) -> Iterator[str]:
+    """What kubectl said when deploy/ was applied, errors and warnings too. Its admission policies are for every
+    namespace, so they go again."""
+    yield _applied(cluster, DEPLOY)
+    cluster.kubectl_now("delete", f"--filename={DEPLOY / 'admission.yaml'}", "--ignore-not-found")
 
 
 @pytest.fixture(scope="module")
