@@ -28,15 +28,11 @@ class AdminServer(HttpServer):
         self._agent, self._told = agent, told
         super().__init__(
             [
-                web.get("/healthz", self._healthz),
                 web.get("/readyz", self._readyz),
                 web.get("/metrics", self._exposition),
                 web.get("/api/v1/gpus", self._gpus),
             ]
         )
-
-    async def _healthz(self, _: web.Request) -> web.Response:
-        return web.Response(text="ok\n")
 
     async def _readyz(self, _: web.Request) -> web.Response:
         ready = self._agent.node.told

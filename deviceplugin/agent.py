@@ -154,11 +154,10 @@ class Agent:
         asking = [one for ids in containers for one in candidates(tickets, resource, len(ids), ledger)]
         now_s = self._now_s()
         gpus = self.node.shared(now_s)
-        grants = rules.check(resource, gpus, containers, self.node.ledger, asking)
+        grants = rules.check(resource, gpus, containers, ledger, asking)
         answers = [response(grant.slots, gpus, self.parts.mps.pipe_directory) for grant in grants]
         slots = [slot for grant in grants for slot in grant.slots]
-        before = self.node.ledger
-        self.node.ledger = before.granted(grants, now_s)
+        self.node.ledger = ledger.granted(grants, now_s)
         try:
             await self._saver.save(lasting=False)
         except OSError as error:

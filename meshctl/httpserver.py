@@ -13,11 +13,11 @@ SHUTDOWN_S = 1.0
 
 
 class HttpServer:
-    """Serves `routes` from `start` to `stop`."""
+    """Serves `routes`, and /healthz, from `start` to `stop`."""
 
     def __init__(self, routes: list[web.RouteDef]) -> None:
         application = web.Application()
-        application.add_routes(routes)
+        application.add_routes([web.get("/healthz", _healthz), *routes])
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=SHUTDOWN_S)
         self.address = Address("", 0)
         """Where it listens, once started."""
@@ -36,6 +36,11 @@ class HttpServer:
 
     async def stop(self) -> None:
         await self._runner.cleanup()
+
+
+async def _healthz(_: web.Request) -> web.Response:
+    """200 while the event loop runs."""
+    return web.Response(text="ok\n")
 
 
 def json_response(value: object, *, status: int = 200) -> web.Response:

@@ -1,8 +1,8 @@
 """A file that holds what a process needs of the one before it: whole, checked, or refused.
 
-Invariants: the file is always complete (temporary file beside it, fsync, rename, fsync of the directory), and one that
-can't be read stops the start: it is never taken for an empty one, never replaced by one. Rejected: a database (one
-writer, one small value).
+Invariants: the file is always complete (temporary file beside it, fsync, rename, and where it must outlast a power cut
+fsync of the directory), and one that can't be read stops the start: it is never taken for an empty one, never replaced
+by one. Rejected: a database (one writer, one small value).
 
     {"version": 1, "sha256": "<of body>", "body": {...}}
 """

@@ -37,7 +37,6 @@ class AdminServer(HttpServer):
         self._metrics = metrics
         super().__init__(
             [
-                web.get("/healthz", self._healthz),
                 web.get("/readyz", self._readyz),
                 web.get("/metrics", self._exposition),
                 web.get("/api/v1/status", self._status),
@@ -46,9 +45,6 @@ class AdminServer(HttpServer):
                 web.get("/api/v1/explain/{namespace}/{name}", self._route),
             ]
         )
-
-    async def _healthz(self, _: web.Request) -> web.Response:
-        return web.Response(text="ok\n")
 
     async def _readyz(self, _: web.Request) -> web.Response:
         state = self._state()
