@@ -2,8 +2,10 @@
 
 For small fleets, the demo and tests; a Prometheus scales further. A page is taken whole or not at all, so that a
 target that does not answer leaves its last Signals as they were, to age. Rates are over a short window of pages; a
-counter that goes back has restarted, and counts on from there, as in Prometheus. A target that answered last time is
-waited for, one that did not is asked in the background, so that a hanging server delays no more than one poll.
+counter that goes back has restarted, with all that have its labels, and counts on from there. (Each for itself, as in
+Prometheus, a restart soon after a start doubled service times: one counter is past its last value again, another not.)
+A target that answered last time is waited for, one that did not is asked in the background, so that a hanging server
+delays no more than one poll.
 
 Rejected: one long-lived loop per target (a poll would not say what was true when it was asked); pages parsed in full
 (nine tenths of Triton's lines are not ours: they are skipped before parsing).
@@ -218,8 +220,9 @@ class Target:
         for column in (self.last, self.total):
             column.extend([math.nan] * (len(self.about) - len(column)))
         values = array("d", [math.nan]) * len(self.about)
+        restarted = self._restarted(known)
         for number, value in known.items():
-            values[number] = self._grown(number, value)
+            values[number] = self._grown(number, value, restarted=number in restarted)
         self.pages.append(_Page(at_s, values))
         while len(self.pages) > 2 and self.pages[1].at_s <= at_s - window_s:
             self.pages.popleft()
@@ -271,13 +274,21 @@ class Target:
         family = _FAMILY[name]
         return tuple(sys.intern(_label(self, family, labels, label)) for label in family.by)
 
-    def _grown(self, column: int, value: float) -> float:
+    def _restarted(self, values: Mapping[int, float]) -> set[int]:
+        """Columns of the counters that went back, and of all that count the same: those with the same labels."""
+        back = {i for i, value in values.items() if 0.0 <= value < self.last[i]}
+        if not back:
+            return back  # nearly always
+        labels = {key.removeprefix(self.about[i][0]) for key, i in self.columns.items() if i in back}
+        return {i for key, i in self.columns.items() if key.removeprefix(self.about[i][0]) in labels}
+
+    def _grown(self, column: int, value: float, *, restarted: bool) -> float:
         if not 0.0 <= value < math.inf:
             return math.inf
         if self.about[column][0] not in COUNTERS:
             return value
         last, total = self.last[column], self.total[column]
-        grown = value if math.isnan(last) else total + (value - last if value >= last else value)
+        grown = value if math.isnan(last) else total + (value if restarted else value - last)
         self.last[column], self.total[column] = value, grown
         return grown
 

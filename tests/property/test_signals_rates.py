@@ -61,6 +61,24 @@ def test_restarts_to_zero_lose_nothing(steps: list[tuple[int, bool]]) -> None:
     assert math.isclose(reading.value, total / len(steps))
 
 
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.booleans()), min_size=1, max_size=30))
+def test_a_restart_that_one_counter_shows_is_one_of_all(steps: list[tuple[int, int, bool]]) -> None:
+    """Requests and their items, each step its own batch: when either is lower than before, neither loses anything."""
+    names = NAME, "nv_inference_count"
+    page, counters, totals = Target("http://t/metrics", "t", frozenset(names)), (0, 0), (0, 0)
+    page.take("".join(f'{name}{{model="m"}} 0\n' for name in names), 0.0, math.inf)
+    for at, (requests, batch, restarts) in enumerate(steps, start=1):
+        did = requests, requests * batch
+        shows = did[0] < counters[0] or did[1] < counters[1]
+        counters = did if restarts and shows else (counters[0] + did[0], counters[1] + did[1])
+        totals = totals[0] + did[0], totals[1] + did[1]
+        page.take("".join(f'{n}{{model="m"}} {c}\n' for n, c in zip(names, counters, strict=True)), float(at), math.inf)
+    for column, total in enumerate(totals):
+        reading = page.reading(column)
+        assert reading is not None
+        assert math.isclose(reading.value, total / len(steps))
+
+
 @given(
     st.text(max_size=200) | st.from_regex(r'nv_inference_request_success(\{[a-z="]*\})? [0-9.NaInf+-]*', fullmatch=True)
 )

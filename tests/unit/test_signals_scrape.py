@@ -18,17 +18,17 @@ from tests.harness.pages import Bad, Drip, Pages, Reply, http, route, server
 LONG_S = 60.0
 
 
-def triton(requests: float, *, pending: float = 0.0, model: str = "resnet50", version: int = 1) -> str:
-    """Triton's page after `requests` requests of 4 items: 10 ms in the queue, 1 + 20 + 1 ms of compute each."""
+def triton(requests: float, *, pending: float = 0.0, model: str = "resnet50", version: int = 1, batch: int = 4) -> str:
+    """Triton's page after `requests` requests: 10 ms in the queue, 1 + 5 for each of their items + 1 ms of compute."""
     labels = f'{{model="{model}",version="{version}"}}'
     values = {
         "nv_inference_request_success": requests,
         "nv_inference_request_failure": 0.0,
-        "nv_inference_count": 4 * requests,
+        "nv_inference_count": batch * requests,
         "nv_inference_exec_count": requests,
         "nv_inference_queue_duration_us": 10_000 * requests,
         "nv_inference_compute_input_duration_us": 1_000 * requests,
-        "nv_inference_compute_infer_duration_us": 20_000 * requests,
+        "nv_inference_compute_infer_duration_us": 5_000 * batch * requests,
         "nv_inference_compute_output_duration_us": 1_000 * requests,
         "nv_inference_pending_request_count": pending,
     }
@@ -138,6 +138,31 @@ async def test_a_restart_is_no_negative_rate(fleet: Fleet, page: Pages, restarte
     assert after.completed_rps.value == pytest.approx((10 + restarted_at) / 2)
     serve(page, triton(restarted_at + 20))
     assert fleet.of(await fleet.poll(after_s=2.0)).completed_rps.value == pytest.approx((10 + restarted_at + 20) / 4)
+
+
+@pytest.mark.parametrize(
+    ("before", "since"),
+    [
+        pytest.param((10, 1), (8, 4), id="the compute time is past its last value again"),
+        pytest.param((10, 4), (12, 1), id="the number of requests is past its last value again"),
+        pytest.param((10, 4), (10, 1), id="the number of requests is at its last value again"),
+    ],
+)
+async def test_counters_of_one_model_restart_together(
+    fleet: Fleet, page: Pages, before: tuple[int, int], since: tuple[int, int]
+) -> None:
+    """One that is lower shows the restart of all: the means are of what was done since (its requests, their batch)."""
+    for requests in (0, before[0]):
+        serve(page, triton(requests, batch=before[1]) + triton(1000, model="bert") + triton(1000, version=2))
+        await fleet.poll(after_s=1.0)
+    serve(page, triton(since[0], batch=since[1]) + triton(1000, model="bert") + triton(1000, version=2))
+    after = fleet.of(await fleet.poll(after_s=1.0))
+    ended, items = before[0] + since[0], before[0] * before[1] + since[0] * since[1]
+    assert after.completed_rps.value == pytest.approx(ended / 2), "what did not restart counts no second time"
+    assert after.batch.value == pytest.approx(items / ended)
+    assert after.service_s.value == pytest.approx(0.002 + 0.005 * items / ended)
+    assert after.queue_s.value == pytest.approx(0.010)
+    assert after.busy_ratio.value == pytest.approx(0.005 * items / 2)
 
 
 async def test_a_series_that_comes_and_goes_is_no_jump(fleet: Fleet, page: Pages) -> None:
