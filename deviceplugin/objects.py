@@ -86,7 +86,12 @@ def status_of(seen: Seen, ledger: Ledger) -> dict[str, Any]:
     if policy := _policy(seen):
         status["policy"] = policy
     if sharing is not None:
-        status |= {"resourceName": sharing.resource, "mode": str(sharing.mode), "isolation": str(sharing.isolation)}
+        status |= {
+            "resourceName": sharing.resource,
+            "mode": str(sharing.mode),
+            "isolation": str(sharing.isolation),
+            "severalGPUs": sharing.several_gpus,
+        }
     if holders := _holders(gpu.uuid, ledger):
         status["holders"] = holders
     if (counts := slots(seen, ledger))["total"]:

@@ -91,6 +91,8 @@ class GPUStatus(Strict):
     """How it is shared now; none: no policy is for it."""
     isolation: Annotated[sharing.Isolation, Field(strict=False)] | None = None
     """Who may be on it at the same time."""
+    several_gpus: Annotated[bool | None, Field(alias="severalGPUs")] = None
+    """One container may have slots of this GPU and of others."""
     policy: GPUPolicy | None = None
     """Which policy it is shared by."""
     slots: GPUSlots | None = None

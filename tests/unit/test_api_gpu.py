@@ -27,6 +27,7 @@ STATUS: dict[str, Any] = {
     "resourceName": "hpe.com/gpus",
     "mode": "MPS",
     "isolation": "Tenant",
+    "severalGPUs": False,
     "policy": {"name": "shared", "generation": 2, "wanted": "exclusive", "wantedGeneration": 1},
     "slots": {"total": 10, "used": 3, "free": 7, "unavailable": 0},
     "summary": "3/10",

@@ -72,6 +72,7 @@ def test_a_shared_gpu_as_its_object() -> None:
         "resourceName": "hpe.com/gpus",
         "mode": "MPS",
         "isolation": "None",
+        "severalGPUs": False,
         "policy": {"name": "four", "generation": 3, "wanted": "", "wantedGeneration": 0},
         "slots": {"total": 4, "used": 3, "free": 1, "unavailable": 0},
         "summary": "3/4",
