@@ -11,6 +11,7 @@ import socket
 import ssl
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -174,26 +175,37 @@ class ControllerManager(ToolProcess):
 
 
 class Scheduler(ToolProcess):
-    """kube-scheduler."""
+    """kube-scheduler; `config` is a KubeSchedulerConfiguration (Kubernetes' own profile without), used by `kubeconfig`.
+
+    It competes for a Lease only where the configuration says so.
+    """
 
     name = "kube-scheduler"
 
-    def __init__(self, directory: Path, kubeconfig: Path) -> None:
+    def __init__(self, directory: Path, kubeconfig: Path, config: Mapping[str, Any] | None = None) -> None:
         super().__init__(directory)
         self.binary = binary(self.name)
-        self._kubeconfig = kubeconfig
+        self._config = {
+            "apiVersion": "kubescheduler.config.k8s.io/v1",
+            "kind": "KubeSchedulerConfiguration",
+            "leaderElection": {"leaderElect": False},
+            **(config or {}),
+            "clientConnection": {"kubeconfig": str(kubeconfig)},  # with --config, --kubeconfig is ignored
+        }
 
     def ready(self) -> bool:
         return healthy(f"https://127.0.0.1:{self.ports[0]}/readyz")
 
     def command(self) -> Sequence[str | Path]:
+        config = self.directory / "config.json"  # JSON is YAML
+        config.write_bytes(orjson.dumps(self._config, option=orjson.OPT_INDENT_2))
         return (
             self.binary,
-            f"--kubeconfig={self._kubeconfig}",
+            f"--config={config}",
             "--bind-address=127.0.0.1",
             f"--secure-port={self.ports[0]}",
             f"--cert-dir={self.directory / 'pki'}",
-            "--leader-elect=false",
+            "--authentication-skip-lookup=true",
         )
 
 
