@@ -210,6 +210,32 @@ class Client:
         doing, body = f"replace {key}", dict(wanted)
         return await self._send(_Request("PUT", doing, url, body, idempotent=False, deadline_s=deadline_s, retry=retry))
 
+    async def bind(
+        self,
+        pod: ObjectKey,
+        node: str,
+        *,
+        uid: str,
+        resource_version: str,
+        annotations: Mapping[str, str],
+        deadline_s: float = DEADLINE_S,
+    ) -> None:
+        """The pod, if it is still the one and as it was in that version, gets its node and `annotations` in one write.
+
+        Raises ChangedError when it is not, AbsentError when it is gone: then, and after every RefusedError, it is
+        certain that nothing was written. Any other UnavailableError leaves that open.
+        """
+        preconditions = {"uid": uid, "resourceVersion": resource_version}
+        body = {
+            "apiVersion": "v1",
+            "kind": "Binding",
+            "metadata": {"name": pod.name, "namespace": pod.namespace, **preconditions, "annotations": annotations},
+            "target": {"apiVersion": "v1", "kind": "Node", "name": node},
+        }
+        url = self._url(pod, "binding", {"fieldManager": MANAGER, "fieldValidation": "Strict"})
+        doing = f"bind {pod} to {node}"
+        await self._send(_Request("POST", doing, url, body, idempotent=False, deadline_s=deadline_s))
+
     async def delete(
         self, key: ObjectKey, *, uid: str = "", propagation: str = "Background", deadline_s: float = DEADLINE_S
     ) -> None:

@@ -79,6 +79,10 @@ class Election:
     terms: Terms
     lease: Raw | None = None
     """As it was last read or written; None when there is none (or it was not read yet)."""
+    term: int = 0
+    """Counts the claims to what somebody else had, or nobody: another number, another time of leading."""
+    released: bool = False
+    """The last such claim was to a Lease that its holder gave back: whatever he began is over."""
     _must_read: bool = True
     _free_s: float = _NEVER_S
     """From then on it may be taken."""
@@ -127,6 +131,8 @@ class Election:
     def claim(self, wall: datetime) -> Raw:
         """The spec that makes this process the holder; to be written only over what was read."""
         mine = self.holder == self.identity
+        if not mine:  # before it is sent: of a claim whose answer is lost, the next one finds that it is ours
+            self.term, self.released = self.term + 1, self.lease is not None and not self.holder
         stamp = wall.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         return {
             "holderIdentity": self.identity,
@@ -196,6 +202,17 @@ class Lease:
         return self._election.left_s(self._clock_s())
 
     @property
+    def term(self) -> int:
+        """Another number, another time of leading: somebody else may have led in between."""
+        return self._election.term
+
+    @property
+    def released(self) -> bool:
+        """Who led before this term gave the Lease back, so that nothing he began is under way; False also when that is
+        not known."""
+        return self._election.released
+
+    @property
     def identity(self) -> str:
         return self._election.identity
 
@@ -219,15 +236,18 @@ class Lease:
         if self._task is not None and self._task.done() and not self._task.cancelled():
             self._task.result()
 
-    async def stop(self) -> None:
-        """Gives the Lease back, so that another replica leads a moment later. End all writing before. Never raises."""
+    async def stop(self, *, give_back: Callable[[], bool] = lambda: True) -> None:
+        """Gives the Lease back, so that another replica leads a moment later. End all writing before. Never raises.
+
+        `give_back` is asked when this process competes no more. False: not all writing is over; the Lease expires by
+        itself, and the next one learns that it was not `released`."""
         self._stopping.set()
         if self._task is not None:
             await asyncio.wait({self._task}, timeout=self._terms.request_s)
             self._task.cancel()
         spec = self._election.resign()
         self._publish()
-        if spec is None:
+        if spec is None or not give_back():
             return
         try:
             await self._write(spec, self._terms.request_s)
