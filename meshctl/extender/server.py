@@ -1,0 +1,154 @@
+"""The extender's HTTP edge: reads a request of kube-scheduler's, has it decided, and answers.
+
+| path | answer |
+|------|--------|
+| POST /filter, /prioritize, /bind, /preempt | 200 always, with `Error` for what is wrong (`meshctl.extender.wire`) |
+| /healthz | 200 while the event loop runs |
+| /readyz | 200 while pods may be bound here, else 503 and why |
+| /metrics | Prometheus text |
+
+Only one replica binds. The others answer `Error` to everything, and close the connection: the scheduler keeps its
+connections open, so without that it would ask the same replica for as long as that one lives, whoever leads.
+A decision takes less than the next one's arrival: they are made in the event loop, one after the other, and so each
+sees what those before it came to. Rejected: threads, which Python would run one at a time as well.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+import structlog
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from meshctl.errors import InputError
+from meshctl.extender import wire
+from meshctl.extender.metrics import Metrics
+from meshctl.extender.ports import Binder, BindError, Ledger
+from meshctl.httpserver import HttpServer, json_response
+
+log = structlog.get_logger(__name__)
+
+BODY_BYTES = 128 * 1024**2
+"""Whole Node objects of 5000 nodes are about 50 MB."""
+LARGE_BYTES = 1024**2
+"""From here on the garbage collector's looks at what was parsed take longer than what they are for."""
+SHUTDOWN_S = 30.0
+"""For bindings under way."""
+
+
+class ExtenderServer(HttpServer):
+    """Serves from `start` to `stop`."""
+
+    def __init__(self, ledger: Ledger, binder: Binder, metrics: Metrics) -> None:
+        self._ledger, self._binder, self._metrics = ledger, binder, metrics
+        super().__init__(
+            [
+                web.post("/filter", self._filter),
+                web.post("/prioritize", self._prioritize),
+                web.post("/bind", self._bind),
+                web.post("/preempt", self._preempt),
+                web.get("/readyz", self._readyz),
+                web.get("/metrics", self._exposition),
+            ],
+            what="the extender",
+            option="--listen",
+            shutdown_s=SHUTDOWN_S,
+            body_bytes=BODY_BYTES,
+        )
+
+    async def _filter(self, request: web.Request) -> web.Response:
+        return await self._answered("filter", request, self._filtered)
+
+    async def _prioritize(self, request: web.Request) -> web.Response:
+        return await self._answered("prioritize", request, self._prioritized)
+
+    async def _bind(self, request: web.Request) -> web.Response:
+        return await self._answered("bind", request, self._bound)
+
+    async def _preempt(self, request: web.Request) -> web.Response:
+        return await self._answered("preempt", request, self._preempted)
+
+    async def _filtered(self, body: bytes) -> wire.Answer:
+        with _large(body):
+            asked = wire.read_candidates(body)
+            decision = self._ledger.decide(asked.pod, asked.names)
+            answer = wire.filtered(asked, decision)
+            del asked
+        if decision.placement is None:
+            self._metrics.refused({refusal.reason for refusal in decision.refused.values()})
+        return answer
+
+    async def _prioritized(self, body: bytes) -> wire.Answer:
+        with _large(body):
+            asked = wire.read_candidates(body)
+            answer = wire.prioritized(asked, self._ledger.decide(asked.pod, asked.names))
+            del asked
+        return answer
+
+    async def _bound(self, body: bytes) -> wire.Answer:
+        await self._binder.bind(*wire.read_binding(body))
+        return wire.bound()
+
+    async def _preempted(self, body: bytes) -> wire.Answer:
+        with _large(body):
+            asked = wire.read_preemption(body)
+            answer = wire.preempted(self._ledger.preempt(asked.pod, asked.victims))
+            del asked
+        return answer
+
+    async def _answered(
+        self, verb: str, request: web.Request, answer: Callable[[bytes], Awaitable[wire.Answer]]
+    ) -> web.Response:
+        """200, whatever happens; the scheduler shows nobody what stands in any other answer."""
+        began_s = time.perf_counter()
+        unready = self._binder.unready
+        try:
+            found = wire.failed(verb, unready, "unready") if unready else await answer(await _body(request))
+        except InputError as error:
+            log.warning("a request that can't be answered", verb=verb, error=str(error))
+            found = wire.failed(verb, str(error), "invalid")
+        except BindError as error:
+            found = wire.failed(verb, str(error), "not bound")
+        except Exception as error:  # the scheduler would try again for ever, and nobody would know why
+            log.exception("a request failed", verb=verb)
+            found = wire.failed(verb, f"the extender failed: {type(error).__name__}: {error}", "failed")
+        self._metrics.answered(verb, time.perf_counter() - began_s, found.outcome)
+        response = web.Response(body=found.body, content_type="application/json")
+        if unready:
+            response.force_close()
+        return response
+
+    async def _readyz(self, _: web.Request) -> web.Response:
+        why = self._binder.unready
+        return json_response({"ready": not why, "problems": [why] if why else []}, status=503 if why else 200)
+
+    async def _exposition(self, _: web.Request) -> web.Response:
+        return web.Response(body=self._metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+async def _body(request: web.Request) -> bytes:
+    """Raises InputError when it is too large."""
+    try:
+        return await request.read()
+    except web.HTTPRequestEntityTooLarge as error:
+        raise InputError(
+            f"the request has more than {BODY_BYTES >> 20} MiB; set nodeCacheCapable: true in the scheduler's"
+            " configuration, so that it sends the nodes' names alone"
+        ) from error
+
+
+@contextmanager
+def _large(body: bytes) -> Iterator[None]:
+    """No garbage collection while a large request is parsed, and gone again."""
+    if len(body) < LARGE_BYTES or not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
