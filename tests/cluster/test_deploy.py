@@ -1,5 +1,5 @@
 """deploy/ on the real API server: it applies, the controller's pods pass the strictest pod security, and the accounts
-of the controller and the agent may do what these do and nothing else."""
+of the controller, the agent and the extender may do what these do and nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from ruamel.yaml import YAML
 from meshctl.adapters.kubernetes.kinds import GPUS, ISTIO, KINDS, MANDATORY, OPTIONAL
 from meshctl.api.gpuresources import NAME
 from meshctl.cli.app import app
+from meshctl.sharing import RESOURCE
 from tests.cluster.cluster import Cluster, KubectlError
+from tests.harness.tools import until
 
 pytestmark = pytest.mark.cluster
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -52,7 +54,19 @@ AGENT_NEEDED: dict[str, set[str]] = {
     "nodes": WATCH,
     "events.events.k8s.io": {"create"},
 }
-OWN = {"leases.coordination.k8s.io": {"create", "get", "update"}, "configmaps": {"get", "create", "patch"}}
+EXTENDER, SCHEDULER = "meshctl-system/meshctl-extender", "meshctl-system/meshctl-scheduler"
+EXTENDER_NEEDED: dict[str, set[str]] = {
+    "pods": WATCH | {"get"},
+    "nodes": WATCH,
+    "services": WATCH,
+    "gpus.meshctl.io": WATCH,
+    "modelroutes.meshctl.io": WATCH,
+    "modelprofiles.meshctl.io": WATCH,
+    "pods/binding": {"create"},
+    "pods/status": {"patch"},
+}
+LEASE = {"leases.coordination.k8s.io": {"create", "get", "update"}}
+OWN = {**LEASE, "configmaps": {"get", "create", "patch"}}
 """In its own namespace, on top; but for the Lease's create only on those of one name."""
 
 
@@ -68,6 +82,12 @@ def deployed(cluster: Cluster) -> Iterator[str]:
 def agents(deployed: str, cluster: Cluster) -> str:
     """Likewise of deploy/agent/, which comes after it."""
     return _applied(cluster, DEPLOY / "agent")
+
+
+@pytest.fixture(scope="module")
+def placement(deployed: str, cluster: Cluster) -> str:
+    """Likewise of deploy/extender/."""
+    return _applied(cluster, DEPLOY / "extender")
 
 
 def _applied(cluster: Cluster, directory: Path) -> str:
@@ -118,6 +138,65 @@ async def test_agents_account_may_do_what_is_needed_and_nothing_else(agents: str
         assert await _allowed(cluster, ours, namespace) == {**AGENT_NEEDED, **every}
 
 
+@pytest.mark.parametrize("name", [EXTENDER, SCHEDULER])
+async def test_the_extender_and_the_second_scheduler_apply(name: str, placement: str, cluster: Cluster) -> None:
+    """Their pods are let into the namespace of the controller: its accounts may choose GPUs for pods."""
+    name = name.partition("/")[2]
+    assert f"deployment.apps/{name} serverside-applied" in placement
+    template = (await cluster.get("deployment", name, "--namespace", NAMESPACE))["spec"]["template"]
+    await _let_in(cluster, {"apiVersion": "v1", "kind": "Pod", **template, "metadata": {"name": "one"}})
+
+
+async def test_the_extenders_account_may_do_what_is_needed_and_nothing_else(placement: str, cluster: Cluster) -> None:
+    """It binds pods and marks those that wait; it changes no pod, no GPU and no model."""
+    elsewhere = await cluster.namespace()
+    every = await _allowed(cluster, await cluster.kubeconfig_for(f"{elsewhere}/default"), elsewhere)
+    ours = await cluster.kubeconfig_for(EXTENDER)
+    assert await _allowed(cluster, ours, elsewhere) == {**EXTENDER_NEEDED, **every}
+    assert await _allowed(cluster, ours, NAMESPACE) == {**EXTENDER_NEEDED, **LEASE, **every}
+    with pytest.raises(KubectlError, match="Forbidden"):
+        await cluster.kubectl("get", "lease", "meshctl", f"--namespace={NAMESPACE}", kubeconfig=ours)
+
+
+async def test_the_second_schedulers_account_is_as_kubernetes_own(placement: str, cluster: Cluster) -> None:
+    """With a Lease of its own in its namespace, and none of that of Kubernetes' there."""
+    elsewhere = await cluster.namespace()
+    ours = await cluster.kubeconfig_for(SCHEDULER)
+    there, here = [await _allowed(cluster, ours, where) for where in (elsewhere, NAMESPACE)]
+    assert there["pods/binding"] == {"create"}
+    assert there["persistentvolumes"] >= {"get", "list", "watch", "patch", "update"}
+    assert {**here, **LEASE} == {**there, **LEASE}
+
+
+async def test_a_labelled_namespace_goes_to_the_second_scheduler(cluster: Cluster) -> None:
+    """Pods that ask for GPUs, in any container, and name no scheduler themselves; no pod elsewhere."""
+    path = DEPLOY / "extender" / "namespaces.yaml"
+    here, elsewhere = await cluster.namespace(), await cluster.namespace()
+    await cluster.kubectl("label", "namespace", here, "meshctl.io/place-gpus=true")
+    await cluster.apply(path)
+
+    async def scheduler(namespace: str = here, gpus: str = "containers", **spec: Any) -> str:
+        kinds = ("containers", "initContainers")
+        made: dict[str, list[dict[str, Any]]] = {kind: [{"name": kind.lower(), "image": "i"}] for kind in kinds}
+        if gpus:
+            made[gpus][0]["resources"] = {"limits": {RESOURCE: "1"}}
+        pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": {**made, **spec}}
+        command = ("create", "--filename=-", "--dry-run=server", "--namespace", namespace, "--output=json")
+        said = await cluster.kubectl(*command, stdin=orjson.dumps(pod).decode())
+        return str(orjson.loads(said)["spec"]["schedulerName"])
+
+    async def sent() -> bool:
+        return await scheduler() == "meshctl-scheduler"
+
+    try:
+        await until(sent, "the policy is in force")
+        assert await scheduler(gpus="initContainers") == "meshctl-scheduler"
+        assert await scheduler(gpus="") == await scheduler(elsewhere) == "default-scheduler"
+        assert await scheduler(schedulerName="own") == "own"
+    finally:
+        await cluster.kubectl("delete", f"--filename={path}")
+
+
 async def test_first_policy_is_taken(deployed: str, cluster: Cluster) -> None:
     """By the API server's schema and rules; it is not part of what is applied."""
     policy = str(DEPLOY / "agent" / "gpu-policy.yaml")
@@ -144,10 +223,11 @@ async def test_the_rest_is_forbidden(forbidden: tuple[str, ...], deployed: str, 
         await cluster.kubectl(*forbidden, kubeconfig=kubeconfig)
 
 
-async def test_its_lease_may_be_read(deployed: str, cluster: Cluster) -> None:
+@pytest.mark.parametrize("account", [ACCOUNT, EXTENDER, SCHEDULER])
+async def test_its_lease_may_be_read(account: str, placement: str, cluster: Cluster) -> None:
     """By its name, which is limited: kustomize must not have renamed it (it does where a ConfigMap is called so)."""
-    command = ("get", "lease", "meshctl", f"--namespace={NAMESPACE}", "--ignore-not-found")
-    await cluster.kubectl(*command, kubeconfig=await cluster.kubeconfig_for(ACCOUNT))
+    command = ("get", "lease", account.partition("/")[2], f"--namespace={NAMESPACE}", "--ignore-not-found")
+    await cluster.kubectl(*command, kubeconfig=await cluster.kubeconfig_for(account))
 
 
 async def test_its_config_map_may_be_made(deployed: str, cluster: Cluster) -> None:
@@ -195,6 +275,40 @@ def test_the_agents_container_starts_meshctl_with_options_that_it_has() -> None:
     for option in ("plugin_dir", "pod_resources", "mps_root", "state"):
         path = Path(parameters[option])
         assert {*map(Path, mounted.values())} & {path, *path.parents}, option
+
+
+def test_the_extenders_container_starts_meshctl_with_options_that_it_has() -> None:
+    """And finds its certificates; its Service leads there, by the name that the schedulers' configuration has."""
+    (deployment,) = _documents("extender/deployment.yaml")
+    spec = deployment["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    command, *arguments = container["args"]
+    group: Any = typer.main.get_command(app)
+    parameters = group.get_command(None, command).make_context(command, arguments).params
+    (port,) = container["ports"]
+    assert parameters["listen"] == f"0.0.0.0:{port['containerPort']}"
+    assert parameters["lease"] == "$(NAMESPACE)/meshctl-extender"
+    mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert all(str(Path(parameters[name]).parent) in mounted for name in ("tls_cert", "tls_key", "client_ca"))
+    (service,) = _documents("extender/service.yaml")
+    assert service["spec"]["ports"][0]["targetPort"] == port["name"]
+    (config,) = _documents("extender/scheduler-config.yaml")
+    host = f"{service['metadata']['name']}.{NAMESPACE}.svc"
+    assert config["extenders"][0]["urlPrefix"] == f"https://{host}:{service['spec']['ports'][0]['port']}"
+    assert config["extenders"][0]["tlsConfig"]["serverName"] == host
+
+
+def test_the_second_schedulers_container_finds_its_files() -> None:
+    """The configuration, and the certificate that it shows to the extender; pods ask for it by its profile's name."""
+    (deployment,) = _documents("extender/scheduler.yaml")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    (config,) = _documents("extender/scheduler-config.yaml")
+    mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+    (extender,) = config["extenders"]
+    files = [path for name, path in extender["tlsConfig"].items() if name.endswith("File")]
+    assert {str(Path(path).parent) for path in files} | {"/etc/meshctl-scheduler"} == mounted
+    assert [profile["schedulerName"] for profile in config["profiles"]] == [deployment["metadata"]["name"]]
+    assert [one["name"] for one in extender["managedResources"]] == [RESOURCE]
 
 
 async def _let_in(cluster: Cluster, pod: dict[str, Any], namespace: str = NAMESPACE) -> None:
