@@ -43,8 +43,8 @@ SHUTDOWN_S = 30.0
 class ExtenderServer(HttpServer):
     """Serves from `start` to `stop`."""
 
-    def __init__(self, ledger: Ledger, binder: Binder, metrics: Metrics) -> None:
-        self._ledger, self._binder, self._metrics = ledger, binder, metrics
+    def __init__(self, ledger: Ledger, binder: Binder, metrics: Metrics, *, body_bytes: int = BODY_BYTES) -> None:
+        self._ledger, self._binder, self._metrics, self._body_bytes = ledger, binder, metrics, body_bytes
         super().__init__(
             [
                 web.post("/filter", self._filter),
@@ -57,7 +57,7 @@ class ExtenderServer(HttpServer):
             what="the extender",
             option="--listen",
             shutdown_s=SHUTDOWN_S,
-            body_bytes=BODY_BYTES,
+            body_bytes=body_bytes,
         )
 
     async def _filter(self, request: web.Request) -> web.Response:
@@ -107,7 +107,7 @@ class ExtenderServer(HttpServer):
         began_s = time.perf_counter()
         unready = self._binder.unready
         try:
-            found = wire.failed(verb, unready, "unready") if unready else await answer(await _body(request))
+            found = wire.failed(verb, unready, "unready") if unready else await answer(await self._body(request))
         except InputError as error:
             log.warning("a request that can't be answered", verb=verb, error=str(error))
             found = wire.failed(verb, str(error), "invalid")
@@ -122,23 +122,22 @@ class ExtenderServer(HttpServer):
             response.force_close()
         return response
 
+    async def _body(self, request: web.Request) -> bytes:
+        """Raises InputError when it is too large."""
+        try:
+            return await request.read()
+        except web.HTTPRequestEntityTooLarge as error:
+            raise InputError(
+                f"the request has more than {self._body_bytes >> 20} MiB; set nodeCacheCapable: true in the scheduler's"
+                " configuration, so that it sends the nodes' names alone"
+            ) from error
+
     async def _readyz(self, _: web.Request) -> web.Response:
         why = self._binder.unready
         return json_response({"ready": not why, "problems": [why] if why else []}, status=503 if why else 200)
 
     async def _exposition(self, _: web.Request) -> web.Response:
         return web.Response(body=self._metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
-
-
-async def _body(request: web.Request) -> bytes:
-    """Raises InputError when it is too large."""
-    try:
-        return await request.read()
-    except web.HTTPRequestEntityTooLarge as error:
-        raise InputError(
-            f"the request has more than {BODY_BYTES >> 20} MiB; set nodeCacheCapable: true in the scheduler's"
-            " configuration, so that it sends the nodes' names alone"
-        ) from error
 
 
 @contextmanager
