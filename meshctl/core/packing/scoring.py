@@ -3,7 +3,10 @@
 The fleet decides what fits, keeps the costs of equal demands, asks again only about nodes that changed, and takes the
 least: equal costs in the order of rows (node name), then of columns (device UUID). So a cost may depend on the demand,
 on one node's row, and on what the policy has learned; not on other rows. When what was learned moves costs that were
-given before, `Scorer.epoch` changes, and all are asked for again (5000 nodes: about a millisecond, so not for each pod).
+given before, `Scorer.epoch` changes, and all are asked for again (about a millisecond for 5000 nodes: not for each
+pod, please).
+
+`stranding.Stranding()` is the default's; `peers.peer(policy, seed)` makes all others. `Fleet(scorer=...)` takes any.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ Bools = NDArray[np.bool_]
 
 
 class Item(NamedTuple):
-    """So many slots of one GPU: what one container asks for, or an init container and those that take its slots over."""
+    """So many slots of one GPU: what one container asks for, or an init container with those that get its slots."""
 
     resource: str
     slots: int
