@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 COMMANDS: dict[str, str] = {
     "run": "meshctl.cli.run:run",
     "agent": "meshctl.cli.agent:agent",
+    "extender": "meshctl.cli.extender:extender",
     "demo": "meshctl.cli.demo:demo",
     "status": "meshctl.cli.status:status",
     "routes": "meshctl.cli.routes:routes",

@@ -1,0 +1,92 @@
+"""`meshctl extender`: where pods with virtual GPUs go, for kube-scheduler, until SIGTERM or Ctrl-C."""
+
+from __future__ import annotations
+
+import gc
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from meshctl.cli.heap import share_heap
+from meshctl.core.packing.vocabulary import Policy
+from meshctl.errors import InputError
+
+if TYPE_CHECKING:
+    from meshctl.extender.main import Config
+    from meshctl.tls import TlsFiles
+
+YOUNG, NEVER = 50_000, 1_000_000_000
+"""New objects after which the garbage collector looks through these; 700 by default, several times in each request."""
+
+
+def extender(
+    kubeconfig: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Cluster to use (default: the one this runs in, or $KUBECONFIG)."),
+    ] = None,
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where kube-scheduler asks; also health and metrics.")
+    ] = "127.0.0.1:18003",
+    tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Certificate (PEM, with its chain): serve HTTPS.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its key (PEM, no password).")] = None,
+    client_ca: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Answer only clients with a certificate of this CA (PEM).")
+    ] = None,
+    policy: Annotated[Policy, typer.Option(help="How one of the places that fit is chosen.")] = Policy.STRANDING,
+    lease: Annotated[
+        str, typer.Option(metavar="NS/NAME", help="Only the holder of this Lease binds pods.")
+    ] = "kube-system/meshctl-extender",
+) -> None:
+    """Run the scheduler extender: pack virtual GPUs onto physical ones, and bind pods to them."""
+    import asyncio
+
+    import uvloop
+
+    from meshctl.address import Address
+    from meshctl.cli.logs import configure_logs
+    from meshctl.extender.main import Config
+
+    if not re.fullmatch(r"[a-z0-9.-]+/[a-z0-9.-]+", lease):
+        raise InputError(f"--lease must be NAMESPACE/NAME, not {lease!r}")
+    config = Config(
+        kubeconfig=kubeconfig,
+        listen=Address.parse(listen, "--listen"),
+        tls=_tls(tls_cert, tls_key, client_ca),
+        policy=policy,
+        lease=lease,
+    )
+    configure_logs()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(_serve(config))
+
+
+def _tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsFiles | None:
+    """None: plain HTTP. Raises InputError for options that belong together."""
+    from meshctl.tls import TlsFiles
+
+    if cert is None and key is None and client_ca is None:
+        return None
+    if cert is None or key is None:
+        raise InputError("--tls-cert, --tls-key and --client-ca belong together: give the first two, or none of them")
+    return TlsFiles(cert, key, client_ca)
+
+
+async def _serve(config: Config) -> None:
+    """Until the first SIGTERM or SIGINT."""
+    from meshctl.cli.signals import ended_by_signal
+    from meshctl.extender.main import serve
+
+    gc.set_threshold(YOUNG, 20, NEVER)
+    share_heap()
+    await serve(config, ended_by_signal(), _settle_memory)
+
+
+def _settle_memory() -> None:
+    """Leaves what the start made to itself: for the garbage collector to look through the whole cluster's objects is a
+    pause of half a second, in the middle of some requests. Nearly all of it stays anyway."""
+    gc.freeze()
+    gc.set_threshold(YOUNG, 20, 20)
