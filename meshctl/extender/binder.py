@@ -165,10 +165,10 @@ class KubernetesBinder:
         self._under_way[pod.uid] = task
         task.add_done_callback(partial(self._ended, pod))
         await asyncio.wait({task}, timeout=self._limits.bind_s)
-        if not task.done():
+        if not task.done() or task.cancelled():
             raise BindError(
-                f"{_name(pod)}: not known within {self._limits.bind_s:g} s whether it is bound to {node}: its place is"
-                " kept until that is certain"
+                f"{_name(pod)}: not known in time whether it is bound to {node}; its place is kept until that is"
+                " certain"
             )
         task.result()
 

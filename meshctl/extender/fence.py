@@ -26,6 +26,7 @@ from meshctl.adapters.kubernetes.client import Client
 from meshctl.adapters.kubernetes.faults import AbsentError, ForbiddenError
 from meshctl.adapters.kubernetes.kinds import KINDS, Raw
 from meshctl.errors import RefusedError
+from meshctl.extender.pods import extended
 from meshctl.extender.ports import PodId
 from meshctl.ports import KubeObject, ObjectKey
 
@@ -66,14 +67,14 @@ class Fence:
         return len(waiting)
 
     async def _waiting(self) -> list[PodId]:
-        """The pods that may ask for GPUs and have no node, as of one moment; of all pods the mirror learns that moment."""
+        """The pods that may ask for GPUs and have no node, as of one moment; the mirror learns all pods of it."""
         waiting: list[PodId] = []
         pages = self._client.pages(KINDS["Pod"])
         async with aclosing(pages):
             async for page in pages:
                 for raw in page.items:
                     self._wrote(raw)
-                    if not raw["spec"].get("nodeName") and asks_for_devices(raw):
+                    if not raw["spec"].get("nodeName") and _may_ask(raw):
                         metadata = raw["metadata"]
                         waiting.append(PodId(metadata["namespace"], metadata["name"], metadata["uid"]))
         return waiting
@@ -119,13 +120,9 @@ class Fence:
         return True
 
 
-def asks_for_devices(pod: KubeObject) -> bool:
-    """Whether a container asks for an extended resource (``vendor.example/thing``): which of them are shared GPUs the
-    former leader may have known better."""
+def _may_ask(pod: KubeObject) -> bool:
+    """Whether a container asks for any extended resource: which of them are shared GPUs the former leader may have
+    known better."""
     spec = pod["spec"]
     containers = (*(spec.get("initContainers") or ()), *(spec.get("containers") or ()))
-    return any(
-        "/" in name and not name.partition("/")[0].endswith("kubernetes.io")
-        for container in containers
-        for name in (container.get("resources") or {}).get("limits") or {}
-    )
+    return any(extended(container, "pod") for container in containers)

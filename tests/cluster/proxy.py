@@ -37,6 +37,10 @@ class ApiProxy:
         self.asked: list[str] = []
         self.pauses_s: dict[str, float] = {}
         """How long each request that is such a one (as in `asked`) waits before it is passed on."""
+        self.gates: dict[str, asyncio.Event] = {}
+        """Until when such a request waits, its client there or not, before it is passed on."""
+        self.answer_gates: dict[str, asyncio.Event] = {}
+        """Likewise, when it is answered: it was carried out before."""
         self._answers: list[tuple[str, int, Mapping[str, str], bytes]] = []
         self._streams: dict[asyncio.Queue[bytes | None], str] = {}
         self._deaf: set[asyncio.Queue[bytes | None]] = set()
@@ -120,6 +124,8 @@ class ApiProxy:
                 self._answers.remove(answer)
                 return web.Response(status=answer[1], headers=answer[2], body=answer[3])
         await asyncio.sleep(self.pauses_s.get(what, 0.0))
+        if what in self.gates:
+            await self.gates[what].wait()
         headers = {name: request.headers[name] for name in ("Accept", "Content-Type") if name in request.headers}
         async with self._session.request(
             request.method,
@@ -131,7 +137,10 @@ class ApiProxy:
             if what.startswith("WATCH") and upstream.status == 200:
                 return await self._stream(what, request, upstream)
             kept = {name: value for name, value in upstream.headers.items() if name.lower() not in _HOP_BY_HOP}
-            return web.Response(status=upstream.status, headers=kept, body=await upstream.read())
+            body = await upstream.read()
+            if what in self.answer_gates:
+                await self.answer_gates[what].wait()
+            return web.Response(status=upstream.status, headers=kept, body=body)
 
     async def _stream(self, what: str, request: web.Request, upstream: aiohttp.ClientResponse) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "application/json"})

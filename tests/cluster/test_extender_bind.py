@@ -1,0 +1,445 @@
+"""Binding pods on the real API server: two replicas, a GPU, and everything that can come between a place and its write.
+
+The ledger, the Lease, the fence and the reflectors are the real ones; a proxy holds requests and answers back. Nothing
+runs on the node: there is only its object.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meshctl.adapters.kubernetes.client import Client, connect
+from meshctl.adapters.kubernetes.kinds import KINDS
+from meshctl.adapters.kubernetes.lease import Lease, Terms
+from meshctl.adapters.kubernetes.reflector import Reflector
+from meshctl.api.allocation import ALLOCATION, read_allocation
+from meshctl.extender.binder import KubernetesBinder, Limits, Outcome
+from meshctl.extender.fence import CONDITION
+from meshctl.extender.ledger import Ledger
+from meshctl.extender.ports import BindError, PodId
+from meshctl.extender.views import VIEWS
+from meshctl.ports import ObjectKey
+from meshctl.sharing import RESOURCE
+from tests.cluster.cluster import Cluster
+from tests.cluster.proxy import ApiProxy
+from tests.harness.tools import DEADLINE_S, until
+
+pytestmark = pytest.mark.cluster
+
+SHORT = Terms(duration_s=2, renew_s=1.2, retry_s=0.2, request_s=0.5)
+BINDING, STATUS, LEASE = "POST pods", "PATCH pods", "PUT leases"
+"""As the proxy calls the requests of a binder."""
+NO_ROOM = "no GPU has 1 of hpe.com/gpus free"
+
+
+@dataclass
+class Stand:
+    """A namespace, and a node of its own."""
+
+    client: Client
+    namespace: str
+    node: str = ""
+    gpu: str = ""
+    """UUID."""
+
+    async def with_gpu(self, slots: int, **status: str) -> Stand:
+        """The node and its one GPU, as an agent would write it."""
+        self.node, self.gpu = f"node-{self.namespace}", f"GPU-{self.namespace}"
+        allocatable = {"cpu": "64", "memory": "256Gi", "pods": "250"}
+        node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": self.node}}
+        await self.client.create(node | {"status": {"allocatable": allocatable, "capacity": allocatable}})
+        kind = KINDS["GPU"]
+        gpu = {"apiVersion": kind.api_version, "kind": kind.name, "metadata": {"name": self.gpu.lower()}}
+        await self.client.create(gpu | {"spec": {"node": self.node, "uuid": self.gpu}})
+        counted = {"total": slots, "used": 0, "free": slots, "unavailable": 0}
+        said = {"mode": "TimeSlicing", "resourceName": RESOURCE, "slots": counted, "product": "Tesla T4", **status}
+        await self.client.apply(gpu | {"status": said}, subresource="status", manager="agent", force=True)
+        return self
+
+    async def pod(self, name: str, slots: int = 1, namespace: str = "") -> PodId:
+        main = {"name": "main", "image": "i", "resources": {"limits": {RESOURCE: str(slots)}}}
+        metadata = {"name": name, "namespace": namespace or self.namespace}
+        spec = {"schedulerName": "nobody", "containers": [main]}
+        raw = await self.client.create({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec})
+        return PodId(metadata["namespace"], name, raw["metadata"]["uid"])
+
+    async def pods(self, count: int, prefix: str = "p") -> list[PodId]:
+        return list(await asyncio.gather(*(self.pod(f"{prefix}{number}") for number in range(count))))
+
+    async def now(self, pod: PodId) -> dict[str, Any]:
+        raw = await self.client.get(key(pod))
+        assert raw is not None
+        return raw
+
+    async def planned(self) -> Mapping[str, int]:
+        """Pod -> slots of the GPU, of all pods that have the node: what the annotations say, which must be there."""
+        found: dict[str, int] = {}
+        for raw in (await self.client.list("Pod", self.namespace)).items:
+            if raw["spec"].get("nodeName"):
+                allocation = read_allocation(raw["metadata"]["annotations"])
+                assert allocation is not None
+                found[raw["metadata"]["name"]] = allocation.by_container()["main"][self.gpu]
+        return found
+
+    async def fenced(self, pod: PodId) -> bool:
+        """A take-over, or the search for a lost answer, has written to the pod."""
+        return any(
+            condition["type"] == CONDITION for condition in (await self.now(pod))["status"].get("conditions", ())
+        )
+
+
+@dataclass
+class Replica:
+    """One process's parts."""
+
+    ledger: Ledger
+    lease: Lease
+    binder: KubernetesBinder
+    pods: Reflector
+
+    async def ready(self) -> None:
+        await until(self._binds, "the replica binds")
+
+    async def _binds(self) -> bool:
+        return not self.binder.unready
+
+    async def seen(self, holds: Callable[[Ledger], bool], what: str) -> None:
+        async def told() -> bool:
+            return holds(self.ledger)
+
+        await until(told, what)
+
+    async def settled(self) -> None:
+        """Nothing is under way, and nothing is held that is not on a node."""
+
+        async def quiet() -> bool:
+            return not self.binder.under_way and not self.ledger.reserved
+
+        await until(quiet, "no reservation is left")
+
+
+@asynccontextmanager
+async def replica(
+    kubeconfig: Path, stand: Stand, identity: str = "", limits: Limits | None = None, *, lead: bool = True
+) -> AsyncIterator[Replica]:
+    """Watches the stand and competes for its Lease; ends in good order."""
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(connect(kubeconfig))
+        ledger = Ledger()
+
+        def told(reflector: Callable[[], Reflector]) -> Callable[[ObjectKey], object]:
+            return lambda key: ledger.take(key, reflector().objects.get(key))
+
+        pods = Reflector(client, VIEWS["Pod"], on_change=told(lambda: pods))
+        nodes = Reflector(
+            client, VIEWS["Node"], field_selector=f"metadata.name={stand.node}", on_change=told(lambda: nodes)
+        )
+        gpus = Reflector(client, VIEWS["GPU"], on_change=told(lambda: gpus))
+        lease = Lease(client, stand.namespace, "extender", identity=identity, terms=SHORT)
+        binder = KubernetesBinder(client, ledger, lease, wrote=pods.wrote, limits=limits)
+        reflectors = (pods, nodes, gpus)
+        tasks = [asyncio.create_task(work) for work in (*(one.keep() for one in reflectors), binder.run())]
+        stack.push_async_callback(ended, tasks)
+
+        async def synced() -> bool:
+            return all(reflector.synced for reflector in reflectors)
+
+        await until(synced, "everything is listed")
+        await lease.start()
+        stack.push_async_callback(binder.stop)
+        here = Replica(ledger, lease, binder, pods)
+        if lead:
+            await here.ready()
+        yield here
+
+
+async def ended(tasks: Iterable[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def key(pod: PodId) -> ObjectKey:
+    return ObjectKey("Pod", pod.namespace, pod.name)
+
+
+async def said(binder: KubernetesBinder, pod: PodId, node: str) -> str:
+    """Why the pod is not bound; "" when it is."""
+    try:
+        await binder.bind(pod, node)
+    except BindError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture
+async def stand(cluster: Cluster) -> AsyncIterator[Stand]:
+    async with connect(cluster.kubeconfig) as client:
+        yield Stand(client, await cluster.namespace("bind"))
+
+
+@pytest.fixture
+async def proxy(cluster: Cluster, tmp_path: Path) -> AsyncIterator[ApiProxy]:
+    async with ApiProxy(cluster.kubeconfig, tmp_path) as proxy:
+        yield proxy
+
+
+# ---------------------------------------------------------------------------------------------------------- one replica
+
+
+async def test_node_and_gpus_come_in_one_write(cluster: Cluster, stand: Stand) -> None:
+    """The pod has its node and its allocation; the place is held until it is seen there; once more is no error."""
+    await stand.with_gpu(slots=10)
+    pod = await stand.pod("p", slots=3)
+    async with replica(cluster.kubeconfig, stand) as one:
+        await one.binder.bind(pod, stand.node)
+        raw = await stand.now(pod)
+        assert raw["spec"]["nodeName"] == stand.node
+        allocation = read_allocation(raw["metadata"]["annotations"])
+        assert allocation is not None
+        assert allocation.by_container() == {"main": {stand.gpu: 3}}
+        assert one.ledger.fleet.free(stand.gpu) == 7
+        await one.settled()
+        assert one.ledger.fleet.free(stand.gpu) == 7
+        await one.binder.bind(pod, stand.node)
+        assert "is on node" in await said(one.binder, pod, "another")
+        assert await stand.now(pod) == raw
+        assert one.binder.counts[Outcome.CONFLICT] == 0
+        assert not one.ledger.reserved
+
+
+async def test_a_pod_that_was_changed_meanwhile_is_bound_all_the_same(stand: Stand, proxy: ApiProxy) -> None:
+    """The conflict is met, the pod read, and placed as it is now."""
+    await stand.with_gpu(slots=10)
+    pod = await stand.pod("p")
+    async with replica(proxy.kubeconfig, stand) as one:
+        await one.seen(lambda ledger: bool(ledger.version(pod)), "the pod is known")
+        proxy.deafen()
+        await stand.client.merge_patch(key(pod), {"metadata": {"labels": {"a": "b"}}})
+        await one.binder.bind(pod, stand.node)
+        assert await stand.planned() == {"p": 1}
+        assert one.binder.counts[Outcome.CONFLICT] == 1
+        proxy.cut()
+        await one.settled()
+
+
+async def test_a_pod_that_is_not_to_be_had_leaves_no_reservation(stand: Stand, proxy: ApiProxy) -> None:
+    """Bound by somebody else, deleted, being deleted, made anew with the same name: each has its words, and the
+    place is free for the next one."""
+    await stand.with_gpu(slots=1)
+    taken, gone, going, anew = await stand.pods(4)
+    await stand.client.merge_patch(key(going), {"metadata": {"finalizers": ["meshctl.io/test"]}})
+    async with replica(proxy.kubeconfig, stand) as one:
+        for pod in (taken, gone, going, anew):
+            await one.seen(lambda ledger, pod=pod: bool(ledger.version(pod)), "the pod is known")  # type: ignore[misc]
+        proxy.deafen()
+        version = (await stand.now(taken))["metadata"]["resourceVersion"]
+        await stand.client.bind(key(taken), "elsewhere", uid=taken.uid, resource_version=version, annotations={})
+        for pod in (gone, going, anew):
+            raw = await stand.now(pod)
+            await stand.client.delete(key(pod), uid=raw["metadata"]["uid"])
+        second = await stand.pod(anew.name)
+        assert "is on node elsewhere already" in await said(one.binder, taken, stand.node)
+        assert "is gone" in await said(one.binder, gone, stand.node)
+        assert "delet" in await said(one.binder, going, stand.node)
+        assert await said(one.binder, anew, stand.node)
+        assert not one.ledger.reserved
+        assert one.ledger.fleet.free(stand.gpu) == 1
+        await one.binder.bind(second, stand.node)
+        assert (await stand.now(second))["spec"]["nodeName"] == stand.node
+        proxy.cut()
+        await one.settled()
+        assert one.ledger.fleet.free(stand.gpu) == 0
+
+
+async def test_a_pod_that_the_scheduler_saw_first_is_read(stand: Stand, proxy: ApiProxy) -> None:
+    """A watch that is behind keeps no pod waiting."""
+    await stand.with_gpu(slots=10)
+    async with replica(proxy.kubeconfig, stand) as one:
+        proxy.deafen()
+        pod = await stand.pod("p")
+        await one.binder.bind(pod, stand.node)
+        assert await stand.planned() == {"p": 1}
+
+
+async def test_what_the_api_server_will_not_take_leaves_no_reservation(stand: Stand, proxy: ApiProxy) -> None:
+    """A refusal is certain: its words are the scheduler's, and nothing is looked for."""
+    await stand.with_gpu(slots=1)
+    pod = await stand.pod("p")
+    async with replica(proxy.kubeconfig, stand) as one:
+        proxy.answer(BINDING, 403, body={"kind": "Status", "reason": "Forbidden", "message": "no rights today"})
+        assert "no rights today" in await said(one.binder, pod, stand.node)
+        assert not one.ledger.reserved
+        assert one.binder.counts[Outcome.LOST] == 0
+        await one.binder.bind(pod, stand.node)
+
+
+async def test_a_binding_without_an_answer_is_found_out(stand: Stand, proxy: ApiProxy) -> None:
+    """It was done: that is a success. It was not: it never will be, though the request comes through much later."""
+    await stand.with_gpu(slots=1)
+    limits = Limits(bind_s=2.0, write_s=0.3, again_s=0.05)
+    done, late = await stand.pods(2)
+    async with replica(proxy.kubeconfig, stand, limits=limits) as one:
+        proxy.gates[BINDING] = asyncio.Event()
+        assert "not done" in await said(one.binder, late, stand.node)
+        await one.settled()
+        assert one.ledger.fleet.free(stand.gpu) == 1
+        assert one.binder.counts[Outcome.LOST] > 1
+        proxy.gates.pop(BINDING).set()
+        proxy.answer_gates[BINDING] = asyncio.Event()
+        await one.binder.bind(done, stand.node)
+        proxy.answer_gates.pop(BINDING).set()
+        assert await stand.planned() == {done.name: 1}
+        await one.settled()
+
+
+async def test_a_place_is_kept_until_it_is_certain_what_became_of_it(stand: Stand, proxy: ApiProxy) -> None:
+    """The API server answers nothing between the reservation and the write: nobody else gets the place, for however
+    long; when it answers again, the place is given back, or the pod is on its node."""
+    await stand.with_gpu(slots=1)
+    limits = Limits(bind_s=0.5, write_s=0.2, again_s=0.05)
+    pod, other = await stand.pods(2)
+    async with replica(proxy.kubeconfig, stand, limits=limits) as one:
+        frozen = {what: asyncio.Event() for what in (BINDING, STATUS)}
+        proxy.gates |= frozen
+        assert "its place is kept until that is certain" in await said(one.binder, pod, stand.node)
+        assert "an earlier binding is under way" in await said(one.binder, pod, stand.node)
+        assert NO_ROOM in await said(one.binder, other, stand.node)
+        assert set(one.ledger.reserved) == {pod.uid}
+        for what in frozen:
+            proxy.gates.pop(what).set()
+        await one.settled()
+        bound = await stand.planned()
+        assert one.ledger.fleet.free(stand.gpu) == 1 - len(bound)
+
+
+# --------------------------------------------------------------------------------------------------------- two replicas
+
+
+async def test_200_racing_binds_through_two_replicas_book_no_slot_twice(
+    cluster: Cluster, stand: Stand, proxy: ApiProxy
+) -> None:
+    """100 pods for 50 slots, each through both replicas. The first sends 50 bindings that hang, loses the Lease, and
+    its bindings come through while the second takes over and binds. Every slot is given once, and none is lost."""
+    await stand.with_gpu(slots=50)
+    pods = await stand.pods(100)
+    async with (
+        replica(proxy.kubeconfig, stand, "first", Limits(write_s=30.0)) as first,
+        replica(cluster.kubeconfig, stand, "second", lead=False) as second,
+    ):
+        held = {what: asyncio.Event() for what in (BINDING, LEASE)}
+        proxy.gates |= held
+
+        async def through(one: Replica, pod: PodId) -> None:
+            await one.ready()
+            await said(one.binder, pod, stand.node)
+
+        races = [asyncio.create_task(through(first, pod)) for pod in pods]
+
+        async def sent() -> bool:
+            return proxy.asked.count(BINDING) == 50
+
+        await until(sent, "50 bindings are under way")
+        races += [asyncio.create_task(through(second, pod)) for pod in pods]
+        async with asyncio.timeout(DEADLINE_S):
+            while not second.lease.leading:  # noqa: ASYNC110  # the binder consumes its changes
+                await asyncio.sleep(0.001)
+        held[BINDING].set()
+        await asyncio.gather(*races)
+        assert 25 <= len(await stand.planned()) <= 50
+        for pod in pods:
+            await said(second.binder, pod, stand.node)
+        planned = await stand.planned()
+        assert len(planned) == sum(planned.values()) == 50
+        for one in (first, second):
+            await one.settled()
+            assert one.ledger.fleet.free(stand.gpu) == 0
+        held[LEASE].set()
+
+
+async def test_a_late_write_of_a_stopped_leader_fails(cluster: Cluster, stand: Stand, proxy: ApiProxy) -> None:
+    """It sent a binding and was stopped. Who follows gives the last slot to another pod; then the binding comes
+    through, and the API server refuses it."""
+    await stand.with_gpu(slots=1)
+    late, other = await stand.pods(2)
+    async with (
+        replica(proxy.kubeconfig, stand, "first", Limits(write_s=30.0)) as first,
+        replica(cluster.kubeconfig, stand, "second", lead=False) as second,
+    ):
+        held = {what: asyncio.Event() for what in (BINDING, STATUS, LEASE, "GET pods")}
+        proxy.gates |= held
+        before = asyncio.create_task(said(first.binder, late, stand.node))
+        assert "replica of the extender" in await said(second.binder, other, stand.node)
+        await second.ready()
+        assert "another replica" in await said(first.binder, other, stand.node)
+        await second.binder.bind(other, stand.node)
+        assert await stand.fenced(late)
+        for gate in held.values():
+            gate.set()
+        await before
+        await first.settled()
+        assert await stand.planned() == {other.name: 1}
+        assert first.binder.counts[Outcome.CONFLICT] == 1
+
+
+async def test_a_stop_in_good_order_hands_over_at_once(cluster: Cluster, stand: Stand, proxy: ApiProxy) -> None:
+    """What is under way is finished first; who follows writes to no pod."""
+    await stand.with_gpu(slots=1)
+    async with (
+        replica(proxy.kubeconfig, stand, "first") as first,
+        replica(cluster.kubeconfig, stand, "second", lead=False) as second,
+    ):
+        pod, waiting = await stand.pods(2)
+        version = (await stand.now(waiting))["metadata"]["resourceVersion"]
+        proxy.gates[BINDING] = asyncio.Event()
+        binding = asyncio.create_task(said(first.binder, pod, stand.node))
+
+        async def sent() -> bool:
+            return BINDING in proxy.asked
+
+        await until(sent, "the binding is under way")
+        stopping = asyncio.create_task(first.binder.stop())
+        await asyncio.sleep(0)
+        assert "about to end" in await said(first.binder, waiting, stand.node)
+        assert not second.lease.leading
+        proxy.gates.pop(BINDING).set()
+        await stopping
+        assert await binding == ""
+        await second.ready()
+        assert second.lease.released
+        assert not await stand.fenced(waiting)
+        assert (await stand.now(waiting))["metadata"]["resourceVersion"] == version
+        assert NO_ROOM in await said(second.binder, waiting, stand.node)
+
+
+async def test_who_can_not_finish_lets_the_lease_expire(cluster: Cluster, stand: Stand, proxy: ApiProxy) -> None:
+    """So that who follows makes void what may still come."""
+    await stand.with_gpu(slots=1)
+    pod = await stand.pod("p")
+    async with (
+        replica(proxy.kubeconfig, stand, "first", Limits(write_s=30.0, stop_s=0.1)) as first,
+        replica(cluster.kubeconfig, stand, "second", lead=False) as second,
+    ):
+        proxy.gates[BINDING] = asyncio.Event()
+        binding = asyncio.create_task(said(first.binder, pod, stand.node))
+
+        async def sent() -> bool:
+            return BINDING in proxy.asked
+
+        await until(sent, "the binding is under way")
+        await first.binder.stop()
+        assert "not known in time" in await binding
+        await second.ready()
+        assert not second.lease.released
+        assert await stand.fenced(pod)
+        proxy.gates.pop(BINDING).set()
+        await second.binder.bind(pod, stand.node)
+        assert await stand.planned() == {pod.name: 1}
+        assert ALLOCATION in (await stand.now(pod))["metadata"]["annotations"]
