@@ -32,7 +32,8 @@ class TlsFiles:
     """With the chain, the server's own first."""
     key: Path
     client_ca: Path | None = None
-    """Clients must have a certificate of one of these; None: anybody may connect."""
+    """A client that shows a certificate must have it of one of these; None: nobody is asked for one. Who has none may
+    connect all the same (a kubelet that looks whether we are ready has none): `stranger` says who that is."""
 
     def context(self) -> ssl.SSLContext:
         """Raises InputError naming the files when they can't be used."""
@@ -44,7 +45,7 @@ class TlsFiles:
             context.load_cert_chain(self.cert, self.key, password=_no_password)
             if self.client_ca is not None:
                 context.load_verify_locations(self.client_ca)
-                context.verify_mode = ssl.CERT_REQUIRED
+                context.verify_mode = ssl.CERT_OPTIONAL
         except OSError as error:  # ssl.SSLError is one
             raise InputError(f"{self}: no good for TLS: {error}; all must be PEM, the key the certificate's") from error
         return context
@@ -55,6 +56,12 @@ class TlsFiles:
 
     def __str__(self) -> str:
         return ", ".join(str(path) for path in (self.cert, self.key, self.client_ca) if path is not None)
+
+
+def stranger(connection: asyncio.BaseTransport | None) -> bool:
+    """Whether the client at the other end should have shown a certificate, and has not."""
+    tls: ssl.SSLObject | None = None if connection is None else connection.get_extra_info("ssl_object")
+    return tls is not None and tls.context.verify_mode is ssl.CERT_OPTIONAL and not tls.getpeercert()
 
 
 class Renewing:

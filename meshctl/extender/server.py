@@ -7,6 +7,7 @@
 | /readyz | 200 while pods may be bound here, else 503 and why |
 | /metrics | Prometheus text |
 
+With a client CA the POSTs are for its clients; the rest is for kubelets and Prometheus too, which have no certificate.
 Only one replica binds. The others answer `Error` to everything, and close the connection: the scheduler keeps its
 connections open, so without that it would ask the same replica for as long as that one lives, whoever leads.
 A decision takes less than the next one's arrival: they are made in the event loop, one after the other, and so each
@@ -29,6 +30,7 @@ from meshctl.extender import wire
 from meshctl.extender.metrics import Metrics
 from meshctl.extender.ports import Binder, BindError, Ledger
 from meshctl.httpserver import HttpServer, json_response
+from meshctl.tls import stranger
 
 log = structlog.get_logger(__name__)
 
@@ -107,6 +109,7 @@ class ExtenderServer(HttpServer):
         began_s = time.perf_counter()
         unready = self._binder.unready
         try:
+            _known(request)
             found = wire.failed(verb, unready, "unready") if unready else await answer(await self._body(request))
         except InputError as error:
             log.warning("a request that can't be answered", verb=verb, error=str(error))
@@ -138,6 +141,12 @@ class ExtenderServer(HttpServer):
 
     async def _exposition(self, _: web.Request) -> web.Response:
         return web.Response(body=self._metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def _known(request: web.Request) -> None:
+    """Raises InputError for a client that should have a certificate and has none."""
+    if stranger(request.transport):
+        raise InputError("the client shows no certificate: set tlsConfig in the scheduler's configuration")
 
 
 @contextmanager

@@ -320,12 +320,19 @@ async def test_tls_proves_who_the_server_is(tmp_path: Path) -> None:
 
 
 async def test_with_a_client_ca_only_its_clients_are_answered(tmp_path: Path) -> None:
-    """Whoever can reach the port could bind pods otherwise."""
+    """Whoever can reach the port could bind pods otherwise. A kubelet that looks at its health has no certificate."""
     server, client, other = (identity(tmp_path, name) for name in ("server", "client", "other"))
-    async with secured(files(server, client_ca=client)) as address:
+    async with secured(files(server, client_ca=client)) as address, aiohttp.ClientSession() as session:
+
+        async def asked(context: ssl.SSLContext) -> str:
+            async with session.post(f"https://{address}/filter", data=orjson.dumps(ASKED), ssl=context) as response:
+                return str((await response.json())["Error"])
+
         assert await healthy(address, client_of(server, client))
-        assert not await healthy(address, client_of(server))
+        assert await healthy(address, client_of(server))
         assert not await healthy(address, client_of(server, other))
+        assert not await asked(client_of(server, client))
+        assert "shows no certificate" in await asked(client_of(server))
 
 
 async def test_renewed_certificates_are_served_without_a_restart(tmp_path: Path) -> None:
