@@ -12,7 +12,7 @@ settings.register_profile("meshctl", deadline=None, suppress_health_check=[Healt
 settings.load_profile("meshctl")
 
 
-GPU_NODE = ("gpu_kubelet", "gpu_hour", "gpu_together")
+GPU_NODE = ("gpu_kubelet", "gpu_hour", "gpu_together", "extender_kubelet")
 """Tests of tests/cluster (beginnings of their files' names, after ``test_``) that share a node with GPUs."""
 
 

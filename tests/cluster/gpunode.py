@@ -164,9 +164,10 @@ def pod(
     plan: Mapping[str, int] | None = None,
     init: Sequence[int] = (),
     resource: str = RESOURCE,
+    **spec: Any,
 ) -> Document:
     """A pod with one container that asks for `slots` (0: none), after init containers with so many each; `plan` is
-    what a scheduler chose."""
+    what a scheduler chose. `spec` on top."""
 
     def container(title: str, count: int, command: str) -> dict[str, Any]:
         found: dict[str, Any] = {"name": title, "image": IMAGE, "command": ["sh", "-c", command]}
@@ -187,5 +188,6 @@ def pod(
             "terminationGracePeriodSeconds": 1,
             "initContainers": [container(f"init-{place}", count, "true") for place, count in enumerate(init)],
             "containers": [container("main", slots, script)],
+            **spec,
         },
     }
