@@ -15,7 +15,7 @@ the objects (it is wrong after a restart, and when two replicas change places).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -55,6 +55,8 @@ class Ledger:
         self._uids: dict[str, ObjectKey] = {}
         self._reserved: dict[str, Reserved] = {}
         """By UID, the oldest first; none of a pod that was seen on a node."""
+        self._arrived: list[ObjectKey] = []
+        """Pods that are new since the last decision."""
         self._capacity: dict[str, tuple[int, int]] = {}
         """Node -> allocatable millicores and MiB."""
         self._cards: dict[str, Card] = {}
@@ -95,14 +97,16 @@ class Ledger:
             self._pods[key] = value
             self._uids[after] = key
             if before != after:
-                self._learn(value)
+                self._arrived.append(key)
         self._settle(pods={key}, cards=cards)
 
-    def _learn(self, pod: KubeObject) -> None:
-        """The policy learns from what arrives."""
-        needs = self._needs(pod)
-        if needs.asks:
-            self._fleet.observe(needs)
+    def _learn(self) -> None:
+        """The policy learns from what arrived since the last decision; not before one, since the fleet would lay itself
+        out anew for each of 20,000 pods while the first nodes are told of."""
+        for key in self._arrived:
+            if (pod := self._pods.get(key)) is not None and (needs := self._needs(pod)).asks:
+                self._fleet.observe(needs)
+        self._arrived.clear()
 
     def _take_node(self, name: str, value: KubeObject | None) -> None:
         if value is None:
@@ -188,7 +192,7 @@ class Ledger:
     def _claim(self, pod: KubeObject, node: str, naming: Iterable[str]) -> Charge:
         there = (self._cards[card] for card in self._on.get(node, ()))
         devices = {card.uuid: card.device for card in there if card.device is not None}
-        needs = self._needs(pod)
+        needs = self._needs(pod, {device.resource for device in devices.values()})
         cards = [card for name in sorted(naming) if (card := self._cards[name]).node == node]
         return charge_of(pod, needs, node, devices, held_by(pod, needs.asks, cards) if admitted(pod) else {})
 
@@ -225,10 +229,10 @@ class Ledger:
         """UIDs of the pods that are seen there, and have not ended."""
         return (uid for uid in self._fleet.charged(node) if uid not in self._reserved)
 
-    def _needs(self, pod: KubeObject) -> Demand:
+    def _needs(self, pod: KubeObject, resources: Collection[str] | None = None) -> Demand:
         """Of a pod that the API server has, and has validated; of one that can't be read all the same, nothing."""
         try:
-            return needs_of(pod, self._resources)
+            return needs_of(pod, self._resources if resources is None else resources)
         except InputError:
             return Demand(namespace=str(pod["metadata"].get("namespace", "")))
 
@@ -243,6 +247,7 @@ class Ledger:
         yet."""
         reserved = self._reserved.get(identity(pod).uid)
         demand = self._demand(pod)
+        self._learn()
         if reserved is not None and (names is None or reserved.placement.node in names):
             return Decision(reserved.placement, "its binding to this node is under way")
         return self._fleet.choose(demand, names)

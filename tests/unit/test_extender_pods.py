@@ -82,7 +82,7 @@ def test_only_resources_that_are_slots_are_asked_for() -> None:
 def test_products_are_named_as_people_write_them() -> None:
     """Spaces as NVML has them, the suffix of a shared GPU, commas too many."""
     said = {"annotations": {GPU_PRODUCTS: "Tesla V100-SXM2-16GB, Tesla-T4-SHARED,"}}
-    assert demand_of(pod(metadata=said), []).products == {"Tesla-V100-SXM2-16GB", "Tesla-T4"}
+    assert demand_of(pod(metadata=said), []).products == frozenset({"Tesla-V100-SXM2-16GB", "Tesla-T4"})
     assert demand_of(pod(), []).products is None
 
 
