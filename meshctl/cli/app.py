@@ -28,6 +28,7 @@ COMMANDS: dict[str, str] = {
     "validate": "meshctl.cli.validate:validate",
     "analyze": "meshctl.cli.analyze:analyze_command",
     "gpu": "meshctl.cli.gpu:app",
+    "place": "meshctl.cli.place:place",
     "envoy": "meshctl.cli.envoy:app",
     "sim": "meshctl.cli.sim:app",
     "version": "meshctl.cli.version:version",
