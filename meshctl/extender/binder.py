@@ -133,7 +133,7 @@ class KubernetesBinder:
     async def _take_over(self) -> None:
         term = self._lease.term
         try:
-            fenced = 0 if self._lease.released else await self._fence.take_over()
+            fenced = await self._fence.take_over(released=self._lease.released)
         except MeshctlError as error:
             self._problem = str(error)
             log.warning("nothing is bound until taken over", error=self._problem)

@@ -46,12 +46,15 @@ class Fence:
     def __init__(self, client: Client, identity: str, wrote: Callable[[Raw], object]) -> None:
         self._client, self._identity, self._wrote = client, identity, wrote
 
-    async def take_over(self) -> int:
-        """Whatever was begun before is done, and known here, or will fail. How many pods were written to.
+    async def take_over(self, *, released: bool) -> int:
+        """Whatever was begun before is done, and known here, or will fail. How many pods were written to: none when
+        the Lease was `released`, as then nothing is under way; what was done the watch may not have told yet.
 
         Harmless when repeated. Raises what the first request that failed raised: then do it all again.
         """
         waiting = await self._waiting()
+        if released:
+            return 0
         gate = asyncio.Semaphore(PARALLEL)
 
         async def void(pod: PodId) -> None:

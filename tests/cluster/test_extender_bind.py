@@ -7,7 +7,7 @@ runs on the node: there is only its object.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,12 @@ import pytest
 from meshctl.adapters.kubernetes.client import Client, connect
 from meshctl.adapters.kubernetes.kinds import KINDS
 from meshctl.adapters.kubernetes.lease import Lease, Terms
-from meshctl.adapters.kubernetes.reflector import Reflector
 from meshctl.api.allocation import ALLOCATION, read_allocation
 from meshctl.extender.binder import KubernetesBinder, Limits, Outcome
 from meshctl.extender.fence import CONDITION
 from meshctl.extender.ledger import Ledger
+from meshctl.extender.main import Watched
 from meshctl.extender.ports import BindError, PodId
-from meshctl.extender.views import VIEWS
 from meshctl.ports import ObjectKey
 from meshctl.sharing import RESOURCE
 from tests.cluster.cluster import Cluster
@@ -102,27 +101,16 @@ class Replica:
     ledger: Ledger
     lease: Lease
     binder: KubernetesBinder
-    pods: Reflector
 
     async def ready(self) -> None:
-        await until(self._binds, "the replica binds")
+        await until(lambda: told(not self.binder.unready), "the replica binds")
 
-    async def _binds(self) -> bool:
-        return not self.binder.unready
-
-    async def seen(self, holds: Callable[[Ledger], bool], what: str) -> None:
-        async def told() -> bool:
-            return holds(self.ledger)
-
-        await until(told, what)
+    async def knows(self, *pods: PodId) -> None:
+        await until(lambda: told(all(map(self.ledger.version, pods))), "the pods are known")
 
     async def settled(self) -> None:
         """Nothing is under way, and nothing is held that is not on a node."""
-
-        async def quiet() -> bool:
-            return not self.binder.under_way and not self.ledger.reserved
-
-        await until(quiet, "no reservation is left")
+        await until(lambda: told(not self.binder.under_way and not self.ledger.reserved), "no reservation is left")
 
 
 @asynccontextmanager
@@ -134,36 +122,24 @@ async def replica(
         client = await stack.enter_async_context(connect(kubeconfig))
         ledger = Ledger()
 
-        def told(reflector: Callable[[], Reflector]) -> Callable[[ObjectKey], object]:
-            return lambda key: ledger.take(key, reflector().objects.get(key))
-
-        pods = Reflector(client, VIEWS["Pod"], on_change=told(lambda: pods))
-        nodes = Reflector(
-            client, VIEWS["Node"], field_selector=f"metadata.name={stand.node}", on_change=told(lambda: nodes)
-        )
-        gpus = Reflector(client, VIEWS["GPU"], on_change=told(lambda: gpus))
+        watched = Watched(client, ledger)
+        stack.push_async_callback(watched.stop)
+        await watched.start(DEADLINE_S)
         lease = Lease(client, stand.namespace, "extender", identity=identity, terms=SHORT)
-        binder = KubernetesBinder(client, ledger, lease, wrote=pods.wrote, limits=limits)
-        reflectors = (pods, nodes, gpus)
-        tasks = [asyncio.create_task(work) for work in (*(one.keep() for one in reflectors), binder.run())]
-        stack.push_async_callback(ended, tasks)
-
-        async def synced() -> bool:
-            return all(reflector.synced for reflector in reflectors)
-
-        await until(synced, "everything is listed")
-        await lease.start()
+        binder = KubernetesBinder(client, ledger, lease, wrote=watched.pods.wrote, limits=limits)
+        running = asyncio.create_task(binder.run())
+        stack.callback(running.cancel)
         stack.push_async_callback(binder.stop)
-        here = Replica(ledger, lease, binder, pods)
+        await lease.start()
+        here = Replica(ledger, lease, binder)
         if lead:
             await here.ready()
         yield here
 
 
-async def ended(tasks: Iterable[asyncio.Task[None]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+async def told(holds: bool) -> bool:
+    """What is known here, for `until`."""
+    return holds
 
 
 def key(pod: PodId) -> ObjectKey:
@@ -220,7 +196,7 @@ async def test_a_pod_that_was_changed_meanwhile_is_bound_all_the_same(stand: Sta
     await stand.with_gpu(slots=10)
     pod = await stand.pod("p")
     async with replica(proxy.kubeconfig, stand) as one:
-        await one.seen(lambda ledger: bool(ledger.version(pod)), "the pod is known")
+        await one.knows(pod)
         proxy.deafen()
         await stand.client.merge_patch(key(pod), {"metadata": {"labels": {"a": "b"}}})
         await one.binder.bind(pod, stand.node)
@@ -237,8 +213,7 @@ async def test_a_pod_that_is_not_to_be_had_leaves_no_reservation(stand: Stand, p
     taken, gone, going, anew = await stand.pods(4)
     await stand.client.merge_patch(key(going), {"metadata": {"finalizers": ["meshctl.io/test"]}})
     async with replica(proxy.kubeconfig, stand) as one:
-        for pod in (taken, gone, going, anew):
-            await one.seen(lambda ledger, pod=pod: bool(ledger.version(pod)), "the pod is known")  # type: ignore[misc]
+        await one.knows(taken, gone, going, anew)
         proxy.deafen()
         version = (await stand.now(taken))["metadata"]["resourceVersion"]
         await stand.client.bind(key(taken), "elsewhere", uid=taken.uid, resource_version=version, annotations={})
@@ -320,6 +295,28 @@ async def test_a_place_is_kept_until_it_is_certain_what_became_of_it(stand: Stan
         assert one.ledger.fleet.free(stand.gpu) == 1 - len(bound)
 
 
+async def test_a_pod_that_goes_while_its_binding_hangs_is_no_longer_waited_for(stand: Stand, proxy: ApiProxy) -> None:
+    """Deleted, or deleted and made anew with the same name: its place is free when that is certain."""
+    await stand.with_gpu(slots=2)
+    gone, anew = await stand.pods(2)
+    limits = Limits(write_s=0.5, again_s=0.05)
+    async with replica(proxy.kubeconfig, stand, limits=limits) as one:
+        await one.knows(gone, anew)
+        proxy.deafen()
+        proxy.gates[BINDING] = asyncio.Event()
+        bindings = [asyncio.create_task(said(one.binder, pod, stand.node)) for pod in (gone, anew)]
+        await until(lambda: told(proxy.asked.count(BINDING) == 2), "both are under way")
+        for pod in (gone, anew):
+            await stand.client.delete(key(pod), uid=pod.uid)
+        second = await stand.pod(anew.name)
+        for binding in bindings:
+            assert "is gone" in await binding
+        assert one.ledger.fleet.free(stand.gpu) == 2
+        proxy.gates.pop(BINDING).set()
+        await one.binder.bind(second, stand.node)
+        assert await stand.planned() == {second.name: 1}
+
+
 # --------------------------------------------------------------------------------------------------------- two replicas
 
 
@@ -342,11 +339,7 @@ async def test_200_racing_binds_through_two_replicas_book_no_slot_twice(
             await said(one.binder, pod, stand.node)
 
         races = [asyncio.create_task(through(first, pod)) for pod in pods]
-
-        async def sent() -> bool:
-            return proxy.asked.count(BINDING) == 50
-
-        await until(sent, "50 bindings are under way")
+        await until(lambda: told(proxy.asked.count(BINDING) == 50), "50 bindings are under way")
         races += [asyncio.create_task(through(second, pod)) for pod in pods]
         async with asyncio.timeout(DEADLINE_S):
             while not second.lease.leading:  # noqa: ASYNC110  # the binder consumes its changes
@@ -389,22 +382,24 @@ async def test_a_late_write_of_a_stopped_leader_fails(cluster: Cluster, stand: S
         assert first.binder.counts[Outcome.CONFLICT] == 1
 
 
-async def test_a_stop_in_good_order_hands_over_at_once(cluster: Cluster, stand: Stand, proxy: ApiProxy) -> None:
-    """What is under way is finished first; who follows writes to no pod."""
+async def test_a_stop_in_good_order_hands_over_at_once(cluster: Cluster, stand: Stand, tmp_path: Path) -> None:
+    """What is under way is finished first. Who follows writes to no pod, but knows what was bound, even if his watch
+    has not told him."""
     await stand.with_gpu(slots=1)
+    (tmp_path / "second").mkdir()
     async with (
+        ApiProxy(cluster.kubeconfig, tmp_path) as proxy,
+        ApiProxy(cluster.kubeconfig, tmp_path / "second") as seconds,
         replica(proxy.kubeconfig, stand, "first") as first,
-        replica(cluster.kubeconfig, stand, "second", lead=False) as second,
+        replica(seconds.kubeconfig, stand, "second", lead=False) as second,
     ):
+        await until(lambda: told(seconds.watched("WATCH pods")), "the second watches")
+        seconds.deafen()
         pod, waiting = await stand.pods(2)
         version = (await stand.now(waiting))["metadata"]["resourceVersion"]
         proxy.gates[BINDING] = asyncio.Event()
         binding = asyncio.create_task(said(first.binder, pod, stand.node))
-
-        async def sent() -> bool:
-            return BINDING in proxy.asked
-
-        await until(sent, "the binding is under way")
+        await until(lambda: told(BINDING in proxy.asked), "the binding is under way")
         stopping = asyncio.create_task(first.binder.stop())
         await asyncio.sleep(0)
         assert "about to end" in await said(first.binder, waiting, stand.node)
@@ -419,6 +414,37 @@ async def test_a_stop_in_good_order_hands_over_at_once(cluster: Cluster, stand: 
         assert NO_ROOM in await said(second.binder, waiting, stand.node)
 
 
+async def test_who_leads_no_more_writes_nothing(stand: Stand, proxy: ApiProxy) -> None:
+    """The Lease ended between the scheduler's request and the write."""
+    await stand.with_gpu(slots=1)
+    async with replica(proxy.kubeconfig, stand) as one:
+        proxy.deafen()
+        pod = await stand.pod("p")
+        proxy.gates |= {"GET pods": asyncio.Event(), LEASE: asyncio.Event()}
+        binding = asyncio.create_task(said(one.binder, pod, stand.node))
+        await until(lambda: told("GET pods" in proxy.asked), "the pod is looked for")
+        await until(lambda: told(not one.lease.leading), "the Lease has ended")
+        proxy.gates.pop("GET pods").set()
+        assert "leads" in await binding
+        assert BINDING not in proxy.asked
+        assert not one.ledger.reserved
+        proxy.gates.pop(LEASE).set()
+
+
+async def test_nothing_is_bound_until_the_take_over_is_complete(stand: Stand, proxy: ApiProxy) -> None:
+    """It is tried again until it is; what is missing for it is said in words."""
+    await stand.with_gpu(slots=1)
+    pod = await stand.pod("p")
+    proxy.answer(STATUS, 403, body={"kind": "Status", "reason": "Forbidden", "message": "no"})
+    async with replica(proxy.kubeconfig, stand, lead=False) as one:
+        await until(lambda: told("(grant patch on pods/status)" in one.binder.unready), "the words are there")
+        assert "takes over" in await said(one.binder, pod, stand.node)
+        assert BINDING not in proxy.asked
+        await one.ready()
+        assert await stand.fenced(pod)
+        await one.binder.bind(pod, stand.node)
+
+
 async def test_who_can_not_finish_lets_the_lease_expire(cluster: Cluster, stand: Stand, proxy: ApiProxy) -> None:
     """So that who follows makes void what may still come."""
     await stand.with_gpu(slots=1)
@@ -429,11 +455,7 @@ async def test_who_can_not_finish_lets_the_lease_expire(cluster: Cluster, stand:
     ):
         proxy.gates[BINDING] = asyncio.Event()
         binding = asyncio.create_task(said(first.binder, pod, stand.node))
-
-        async def sent() -> bool:
-            return BINDING in proxy.asked
-
-        await until(sent, "the binding is under way")
+        await until(lambda: told(BINDING in proxy.asked), "the binding is under way")
         await first.binder.stop()
         assert "not known in time" in await binding
         await second.ready()
