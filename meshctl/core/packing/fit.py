@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from meshctl.core.packing.scoring import Bools, Ints, Item, Want
+from meshctl.core.packing.scoring import Bools, Ints, Item, Want, at_rows
 from meshctl.core.packing.state import NOBODY, State
 from meshctl.core.packing.vocabulary import Ask, Demand
 
@@ -78,27 +78,35 @@ def needs_of(want: Want) -> tuple[Need, ...]:
 # ------------------------------------------------------------------------------------------------------- nodes as rows
 
 
-def fitting(want: Want, needs: Sequence[Need], state: State, rows: Ints) -> Bools:
-    """(R,) whether the demand fits on each of `rows`."""
+def fitting(want: Want, needs: Sequence[Need], state: State, rows: Ints) -> tuple[Bools, Ints]:
+    """(R,) whether the demand fits on each of `rows`; and (R, D) the slots that it could have for the last need."""
     fits = np.ones(len(rows), np.bool_)
+    room = np.zeros((len(rows), 0), np.int64)
     if want.cpu_milli > 0:
         fits &= state.cpu_free[rows] >= want.cpu_milli
     if want.memory_mib > 0:
         fits &= state.memory_free[rows] >= want.memory_mib
     for need in needs:
-        fits &= holds(need, usable(want, need, state, rows), state.several[rows])
-    return fits
+        room = usable(want, need, state, rows)
+        fits &= holds(need, room, divisible(state, rows))
+    return fits, room
 
 
-def usable(want: Want, need: Need, state: State, rows: Ints) -> Ints:
-    """(R, D) slots that the demand could have of each GPU now."""
-    room = state.room[rows]
-    mask = state.resource[rows] == state.resource_code(need.resource)
+def usable(want: Want, need: Need, state: State, rows: Ints, *, anybody: bool = False) -> Ints:
+    """(R, D) slots that the demand could have of each GPU now; `anybody`: if it were of the right tenant."""
+    room = at_rows(state.room, rows)
+    if not (state.uniform and state.resource_code(need.resource) >= 0):
+        room = room * (at_rows(state.resource, rows) == state.resource_code(need.resource))
     if want.products is not None or want.unfit:
-        mask &= will_do(want, state)[state.product[rows]]
-    if state.isolation:
-        mask &= admits(want, state, rows)
-    return np.where(mask, room, 0)
+        room = room * will_do(want, state)[at_rows(state.product, rows)]
+    if state.isolation and not anybody:
+        room = room * admits(want, state, rows)
+    return room
+
+
+def divisible(state: State, rows: Ints) -> Bools | None:
+    """(R, D) whether a container may have slots of the GPU and of others; None: of none."""
+    return at_rows(state.several, rows) if state.division else None
 
 
 def will_do(want: Want, state: State) -> Bools:
@@ -113,26 +121,28 @@ def will_do(want: Want, state: State) -> Bools:
 
 def admits(want: Want, state: State, rows: Ints) -> Bools:
     """(R, D) no other tenant has the GPU for itself."""
-    tenant = state.tenant[rows]
+    tenant = at_rows(state.tenant, rows)
     ours: Bools = (tenant == NOBODY) | (tenant == state.tenant_code(want.namespace))
     return ours
 
 
-def holds(need: Need, room: Ints, several: Bools) -> Bools:
+def holds(need: Need, room: Ints, several: Bools | None) -> Bools:
     """(R,) whether the items find place in `room` (R, D), together."""
-    size = need.sizes[0]
-    if len(need.sizes) == 1:
-        whole: Bools = room.max(axis=1, initial=0) >= size
-        return whole | ((room * several).sum(axis=1) >= size) if several.any() else whole
-    pool = (room * several).sum(axis=1)
+    size, count = need.sizes[0], len(need.sizes)
+    enough: Bools
+    if several is None:
+        enough = room.max(axis=1, initial=0) >= size if count == 1 else (room // size).sum(axis=1) >= count
+        if need.equal:
+            return enough
+        several = np.zeros(room.shape, np.bool_)
     if need.equal:
-        pieces = (np.where(several, 0, room) // size).sum(axis=1)
-        enough: Bools = (len(need.sizes) - pieces) * size <= pool
+        pool = (room * several).sum(axis=1)
+        enough = (room * ~several // size).sum(axis=1) * size + pool >= count * size
         return enough
-    likely: Bools = ((room.max(axis=1, initial=0) >= size) | (pool >= size)) & (room.sum(axis=1) >= need.total)
-    for i in np.flatnonzero(likely):
-        likely[i] = arrange(need.sizes, tuple(room[i].tolist()), tuple(several[i].tolist())) is not None
-    return likely
+    enough = room.sum(axis=1) >= need.total
+    for row in np.flatnonzero(enough):
+        enough[row] = arrange(need.sizes, tuple(room[row].tolist()), tuple(several[row].tolist())) is not None
+    return enough
 
 
 # ------------------------------------------------------------------------------------------------- one node, its items

@@ -20,17 +20,17 @@ from types import MappingProxyType
 
 import numpy as np
 
-from meshctl.core.packing.fit import arrange, dealt, fitting, usable, want_of
+from meshctl.core.packing.fit import arrange, dealt, usable, want_of
 from meshctl.core.packing.peers import peer
 from meshctl.core.packing.reasons import BRIEF, REASONS, UNKNOWN, Speaker
 from meshctl.core.packing.scoring import Floats, Ints, Item, Scorer, Want
-from meshctl.core.packing.shape import Shape
+from meshctl.core.packing.shape import NO_COLUMN, Shape
 from meshctl.core.packing.state import State
 from meshctl.core.packing.stranding import Stranding
 from meshctl.core.packing.vocabulary import Charge, Decision, Demand, Node, Placement, Policy, Reason, Refusal
 
-_KEPT_BYTES = 24_000_000
-"""For what is kept of different demands, 24 bytes each for each node: 200 demands on 5000 nodes."""
+_KEPT_BYTES = 60_000_000
+"""For what is kept of different demands, at most 80 bytes each for each node: 150 demands on 5000 nodes."""
 _FEWEST_KEPT = 16
 
 
@@ -39,11 +39,14 @@ class Fleet:
 
     def __init__(self, policy: Policy = Policy.STRANDING, *, seed: int = 0, scorer: Scorer | None = None) -> None:
         self._state = State()
-        self._stranding = Stranding()
-        self._scorer = scorer or (self._stranding if policy is Policy.STRANDING else peer(policy, seed))
+        default = scorer is None and policy is Policy.STRANDING
+        self._stranding = Stranding(self._state if default else None)
+        self._scorer = self._stranding if default else scorer or peer(policy, seed)
         self._shapes: dict[Want, Shape] = {}
         """By when they were used last."""
         self._layout = 0
+        self._asked: tuple[Collection[str] | None, Ints | None] = (None, None)
+        """Names that were asked about last, and their rows."""
         self.charges: Mapping[str, Charge] = MappingProxyType(self._state.charges)
         self.nodes: Mapping[str, Node] = MappingProxyType(self._state.nodes)
 
@@ -109,11 +112,13 @@ class Fleet:
         shape = self._shape(self._want(demand))
         costs = shape.costs(self._state, self._scorer)
         rows = None if names is None else self._rows(names)
-        if rows is not None:
+        if rows is None:
+            names = None
+        else:
             costs = _only(costs, rows)
         best = int(costs.argmin()) if costs.size else -1
-        placement = self._place(shape, best, demand) if best >= 0 and costs[best] < np.inf else None
-        refused = _Refused(lambda: self._refused(shape, names, rows, placement))
+        placement = self._place(shape, best, shape.column(best), demand) if best >= 0 and costs[best] < np.inf else None
+        refused = _Refused(lambda: self._refused(shape, names, placement))
         return Decision(placement, self._why(demand, placement) if placement else self._why_not(shape, rows), refused)
 
     def fit(self, demand: Demand, name: str) -> Placement | Refusal:
@@ -122,9 +127,10 @@ class Fleet:
         if (row := state.row.get(name)) is None:
             return UNKNOWN
         shape, rows = Shape(want), np.array([row])
-        if fitting(want, shape.needs, state, rows)[0]:
-            return self._place(shape, row, demand)
-        return Speaker(want, shape.needs).refusals(state, rows)[1][0]
+        costs, columns = shape.look(state, self._scorer, rows)
+        if costs[0] < np.inf:
+            return self._place(shape, row, int(columns[0]), demand)
+        return Speaker(want, shape.needs).refusals(state, rows)[0]
 
     # ----------------------------------------------------------------------------------------------------- its parts
 
@@ -137,41 +143,43 @@ class Fleet:
         if self._layout != self._state.layout:
             self._layout = self._state.layout
             self._shapes.clear()
+            self._asked = (None, None)
         shape = self._shapes.pop(want, None) or Shape(want)
         self._shapes[want] = shape
-        if len(self._shapes) > max(_KEPT_BYTES // (24 * len(self._state.names) + 1), _FEWEST_KEPT):
+        if len(self._shapes) > max(_KEPT_BYTES // (80 * len(self._state.names) + 1), _FEWEST_KEPT):
             del self._shapes[next(iter(self._shapes))]
         return shape
 
-    def _rows(self, names: Collection[str]) -> Ints:
-        """(len(names),) -1: not known."""
-        return np.fromiter(map(self._state.row.get, names, repeat(-1)), np.int64, len(names))
+    def _rows(self, names: Collection[str]) -> Ints | None:
+        """(len(names),) -1: not known. None: they are all that there are. The same names again cost a comparison, a
+        fifth of the looking up."""
+        if names != self._asked[0]:
+            rows = np.fromiter(map(self._state.row.get, names, repeat(-1)), np.int64, len(names))
+            self._asked = (list(names), None if _all(rows, len(self._state.names)) else rows)
+        return self._asked[1]
 
-    def _place(self, shape: Shape, row: int, demand: Demand) -> Placement:
+    def _place(self, shape: Shape, row: int, column: int, demand: Demand) -> Placement:
         """On a node where it fits."""
+        name = self._state.names[row]
+        if column != NO_COLUMN:
+            uuid = self._state.devices(row)[column].uuid
+            return Placement(name, {ask.container: {uuid: ask.slots} for ask in demand.asks})
         gpus: dict[str, dict[str, int]] = {}
         for item, parts in self._laid(shape, row):
             for position, given in dealt(item, demand.asks, parts).items():
                 gpus.setdefault(demand.asks[position].container, {}).update(given)
-        order = {ask.container: gpus[ask.container] for ask in demand.asks}
-        return Placement(self._state.names[row], order)
+        return Placement(name, {ask.container: gpus[ask.container] for ask in demand.asks})
 
     def _laid(self, shape: Shape, row: int) -> Iterator[tuple[Item, list[tuple[str, int]]]]:
         """Each item, and which slots it gets of which GPUs."""
-        state, rows, items = self._state, np.array([row]), shape.want.items
-        devices = state.devices(row)
-        if len(items) == 1:
-            costs = shape.places(state, self._scorer, rows)[0]
-            best = int(costs.argmin())
-            if costs[best] < np.inf:
-                yield items[0], [(devices[best].uuid, items[0].slots)]
-                return
+        state, rows = self._state, np.array([row])
+        devices, several = state.devices(row), tuple(state.several[row].tolist())
         for need in shape.needs:
             room = tuple(usable(shape.want, need, state, rows)[0].tolist())
-            several = tuple(state.several[row].tolist())
-            laid = arrange(need.sizes, room, several, self._scorer.spread)
-            assert laid is not None, f"{need} is not where it fits: {room} on {state.names[row]}"  # noqa: S101 - a bug of ours
-            mine = sorted((item for item in items if item.resource == need.resource), key=lambda item: -item.slots)
+            laid = arrange(need.sizes, room, several, self._scorer.spread) or arrange(need.sizes, room, several)
+            if laid is None:
+                raise AssertionError(f"{need} is not where it was found to fit: {room} on {state.names[row]}")
+            mine = sorted((item for item in shape.want.items if item.resource == need.resource), key=_largest_first)
             for item, parts in zip(mine, laid, strict=True):
                 yield item, [(devices[column].uuid, slots) for column, slots in parts]
 
@@ -190,20 +198,30 @@ class Fleet:
         listed = ", ".join(f"{counts[code]} {BRIEF[REASONS[code]]}" for code in np.flatnonzero(counts))
         return f"none of {int(counts.sum())} nodes: {listed}" if listed else "there are no nodes"
 
-    def _refused(
-        self, shape: Shape, names: Collection[str] | None, rows: Ints | None, placement: Placement | None
-    ) -> dict[str, Refusal]:
+    def _refused(self, shape: Shape, names: Collection[str] | None, placement: Placement | None) -> dict[str, Refusal]:
         state = self._state
         state.settle()
         shape = self._shape(shape.want)
         words, _ = shape.words(state, self._scorer)
-        if names is None or rows is None:
-            refused = dict(zip(state.names, words, strict=False))
-        else:
-            refused = dict(zip(names, map(words.__getitem__, self._rows(names).tolist()), strict=True))
+        refused = (
+            words.copy() if names is None else dict(zip(names, map(words.get, names, repeat(UNKNOWN)), strict=True))
+        )
         if placement is not None:
             refused.pop(placement.node, None)
         return refused
+
+
+def _largest_first(item: Item) -> int:
+    return -item.slots
+
+
+def _all(rows: Ints, count: int) -> bool:
+    """These are all rows, each once."""
+    if len(rows) != count or rows.min(initial=0) < 0:
+        return False
+    seen = np.zeros(count, np.bool_)
+    seen[rows] = True
+    return bool(seen.all())
 
 
 def _only(costs: Floats, rows: Ints) -> Floats:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from meshctl.core.packing.fit import Need, admits, holds, will_do
-from meshctl.core.packing.scoring import Bools, Ints, Want
+from meshctl.core.packing.fit import Need, arrange, divisible, holds, usable
+from meshctl.core.packing.scoring import Ints, Want
 from meshctl.core.packing.state import State
 from meshctl.core.packing.vocabulary import Device, Reason, Refusal
 
@@ -37,96 +37,87 @@ BRIEF: Mapping[Reason, str] = {
 
 
 class Speaker:
-    """The refusals of one demand."""
+    """The refusals of one demand. What lasts is said once for each kind of node, what passes for each row."""
 
     def __init__(self, want: Want, needs: Sequence[Need]) -> None:
         self._want = want
         self._needs = needs
-        self._said: dict[int, Refusal] = {}
-        """By key: reason, need, and two numbers that it is about."""
+        self._lasting: list[Refusal | None] = []
+        """By `State.kinds`: why such a node is refused even when it is empty."""
+        self._said: dict[tuple[Reason, int, int, int], Refusal] = {}
+        """Reason, need, and the two numbers that it is about."""
 
-    def refusals(self, state: State, rows: Ints) -> tuple[Ints, list[Refusal]]:
-        """Why each of `rows` (R,), none of which fits, does not: (R,) codes of reasons, and the words."""
-        found = np.full((4, len(rows)), -1, np.int64)
-        """Reason, need, and two numbers."""
+    def refusals(self, state: State, rows: Ints) -> list[Refusal]:
+        """Why each of `rows` (R,), none of which fits, does not."""
+        self._lasting += (self._of_kind(kind) for kind in state.kinds[len(self._lasting) :])
+        found = list(map(self._lasting.__getitem__, state.kind[rows].tolist()))
         for index, need in enumerate(self._needs):
-            still = np.flatnonzero(found[0] < 0)
-            found[:, still] = self._of_gpus(state, rows[still], index, need)
-        still = np.flatnonzero(found[0] < 0)
-        short = (self._want.cpu_milli > 0) & (state.cpu_free[rows[still]] < self._want.cpu_milli)
-        found[0, still] = np.where(short, CODE[Reason.CPU], CODE[Reason.MEMORY])
-        found[1:, still] = 0
-        keys = (((found[0] << 8 | found[1]) << 24 | found[2]) << 24 | found[3]).tolist()
-        for key, at in {key: at for at, key in enumerate(keys)}.items():
-            if key not in self._said:
-                self._said[key] = self._say(state, *found[:, at].tolist())
-        return found[0], list(map(self._said.__getitem__, keys))
+            if still := [at for at, refusal in enumerate(found) if refusal is None]:
+                for at, refusal in zip(still, self._of_room(state, rows[still], index, need), strict=True):
+                    found[at] = refusal
+        short = state.cpu_free[rows] < self._want.cpu_milli
+        cpu, memory = self._of_node(Reason.CPU), self._of_node(Reason.MEMORY)
+        last = (cpu if self._want.cpu_milli > 0 and lacks else memory for lacks in short.tolist())
+        return [refusal or other for refusal, other in zip(found, last, strict=True)]
 
-    def _of_gpus(self, state: State, rows: Ints, index: int, need: Need) -> Ints:
-        """(4, R) what the GPUs of one resource are refused for; -1 where for nothing."""
-        slots, several = state.slots[rows], state.several[rows]
-        ours = state.resource[rows] == state.resource_code(need.resource)
-        product = state.product[rows]
-        right = ours & _within(self._want.products, state)[product]
-        quick = right & will_do(self._want, state)[product]
-        mine = quick & admits(self._want, state, rows)
-        room = np.where(mine, state.room[rows], 0)
-        kind = state.kind[rows]
-        most, all_ = room.max(axis=1, initial=0), room.sum(axis=1)
-        size = np.where(quick, slots, 0)
-        stages: tuple[tuple[Reason, Bools, Ints, Ints], ...] = (
-            (Reason.NO_GPU, ~ours.any(axis=1), kind, kind),
-            (Reason.PRODUCT, ~right.any(axis=1), kind, kind),
-            (Reason.TOO_SLOW, ~quick.any(axis=1), kind, kind),
-            (Reason.TOO_SMALL, ~holds(need, size, several), size.max(axis=1, initial=0), size.sum(axis=1)),
-            (Reason.CLOSED, ~holds(need, np.where(state.closed[rows], 0, size), several), kind, kind),
-            (Reason.NO_ROOM, ~holds(need, np.where(quick, state.room[rows], 0), several), most, all_),
-            (Reason.TENANT, ~holds(need, room, several), most, all_),
-        )
-        found = np.full((4, len(rows)), -1, np.int64)
-        for reason, bad, one, two in reversed(stages):
-            found[0, bad] = CODE[reason]
-            found[2, bad], found[3, bad] = one[bad], two[bad]
-        found[1, found[0] >= 0] = index
-        return found
+    def _of_room(self, state: State, rows: Ints, index: int, need: Need) -> list[Refusal | None]:
+        """What the GPUs of one resource are refused for now."""
+        several = divisible(state, rows)
+        room = usable(self._want, need, state, rows)
+        enough = holds(need, room, several)
+        shut = np.zeros(len(rows), np.bool_)
+        if state.isolation:
+            shut = ~enough & holds(need, usable(self._want, need, state, rows, anybody=True), several)
+        numbers = zip(enough.tolist(), shut.tolist(), room.max(axis=1).tolist(), room.sum(axis=1).tolist(), strict=True)
+        return [
+            None if fits else self._of_numbers(Reason.TENANT if other else Reason.NO_ROOM, index, most, total)
+            for fits, other, most, total in numbers
+        ]
 
-    def _say(self, state: State, code: int, index: int, one: int, two: int) -> Refusal:
-        reason = REASONS[code]
-        if reason in (Reason.CPU, Reason.MEMORY):
-            return Refusal(reason, self._of_node(reason))
-        need = self._needs[index]
-        if reason in (Reason.TOO_SMALL, Reason.NO_ROOM, Reason.TENANT):
-            return Refusal(reason, _of_numbers(reason, need, one, two))
-        return Refusal(reason, self._of_kind(reason, need, state.kinds[one]))
+    def _of_numbers(self, reason: Reason, index: int, most: int, total: int) -> Refusal:
+        key = (reason, index, most, total)
+        if (said := self._said.get(key)) is None:
+            need = self._needs[index]
+            said = self._said[key] = Refusal(reason, _numbers(reason, need, most, total))
+        return said
 
-    def _of_node(self, reason: Reason) -> str:
+    def _of_node(self, reason: Reason) -> Refusal:
         if reason is Reason.CPU:
-            return f"too little CPU is free: {self._want.cpu_milli}m is asked for"
-        return f"too little memory is free: {self._want.memory_mib} MiB is asked for"
+            return Refusal(reason, f"too little CPU is free: {self._want.cpu_milli}m is asked for")
+        return Refusal(reason, f"too little memory is free: {self._want.memory_mib} MiB is asked for")
 
-    def _of_kind(self, reason: Reason, need: Need, kind: tuple[Device, ...]) -> str:
+    def _of_kind(self, kind: tuple[Device, ...]) -> Refusal | None:
+        """Why a node with such GPUs is refused even when it is empty."""
+        return next(filter(None, (self._of_devices(need, kind) for need in self._needs)), None)
+
+    def _of_devices(self, need: Need, kind: tuple[Device, ...]) -> Refusal | None:
+        products, unfit = self._want.products, dict(self._want.unfit)
         ours = [device for device in kind if device.resource == need.resource and device.slots > 0]
-        products = _listed(device.product or "unknown" for device in ours)
-        if reason is Reason.NO_GPU:
-            return f"no GPU is shared as {need.resource}"
-        if reason is Reason.PRODUCT:
-            return f"its GPUs are {products}; asked for is {_listed(self._want.products or (), ' or ')}"
-        right = [device for device in ours if self._want.products is None or device.product in self._want.products]
-        if reason is Reason.TOO_SLOW:
-            unfit = dict(self._want.unfit)
-            return "; ".join(
-                f"{name}: {unfit[name]}" for name in sorted({device.product for device in right} & unfit.keys())
-            )
-        return f"its GPUs take nobody new: {_listed((device.closed for device in right if device.closed), '; ')}"
+        if not ours:
+            return Refusal(Reason.NO_GPU, f"no GPU is shared as {need.resource}")
+        right = [device for device in ours if products is None or device.product in products]
+        if not right:
+            has = _listed((device.product or "unknown" for device in ours), ", ")
+            return Refusal(Reason.PRODUCT, f"its GPUs are {has}; asked for is {_listed(products or (), ' or ')}")
+        quick = [device for device in right if device.product not in unfit]
+        if not quick:
+            return Refusal(Reason.TOO_SLOW, _listed((f"{d.product}: {unfit[d.product]}" for d in right), "; "))
+        if not _suffice(need, quick):
+            slots = [device.slots for device in quick]
+            return Refusal(Reason.TOO_SMALL, _numbers(Reason.TOO_SMALL, need, max(slots), sum(slots)))
+        if not _suffice(need, [device for device in quick if not device.closed]):
+            closed = _listed((device.closed for device in quick if device.closed), "; ")
+            return Refusal(Reason.CLOSED, f"its GPUs take nobody new: {closed}")
+        return None
 
 
-def _within(products: frozenset[str] | None, state: State) -> Bools:
-    """(products,) for each product's code."""
-    count = len(state.products)
-    return np.fromiter((products is None or product in products for product in state.products), np.bool_, count)
+def _suffice(need: Need, devices: Sequence[Device]) -> bool:
+    """The items find place on these, when they are empty."""
+    room = tuple(device.slots for device in devices)
+    return arrange(need.sizes, room, tuple(device.several for device in devices)) is not None
 
 
-def _of_numbers(reason: Reason, need: Need, most: int, total: int) -> str:
+def _numbers(reason: Reason, need: Need, most: int, total: int) -> str:
     asked = " + ".join(map(str, need.sizes))
     subject = f"no GPU has {asked} of {need.resource}"
     if len(need.sizes) > 1:
@@ -140,5 +131,5 @@ def _of_numbers(reason: Reason, need: Need, most: int, total: int) -> str:
             return f"{subject}{' free' if len(need.sizes) == 1 else ''}: the most is {most} (of {total} free in all)"
 
 
-def _listed(words: Iterable[str], between: str = ", ") -> str:
+def _listed(words: Iterable[str], between: str) -> str:
     return between.join(sorted(set(words)))
