@@ -22,7 +22,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from meshctl.core.packing.prices import LEVELS, prices
-from meshctl.core.packing.scoring import Floats, Ints, Table, Want
+from meshctl.core.packing.scoring import Floats, Ints, Table, Want, at_rows
 
 _PRIOR_MILLI = 8000.0
 """CPU per GPU before anybody has asked: nodes for inference have 8 to 16 cores per GPU."""
@@ -75,7 +75,7 @@ class Stranding:
         return np.maximum(gpus_free - np.maximum(cpu_free, 0) / self._rho_milli, 0.0)
 
     def cost(self, want: Want, table: Table, rows: Ints) -> Floats:
-        slots, room = table.slots.take(rows, axis=0), table.room.take(rows, axis=0)
+        slots, room = at_rows(table.slots, rows), at_rows(table.room, rows)
         free, cpu = table.gpus_free[rows], table.cpu_free[rows]
         untouched = ((room == slots) & (slots > 0)) @ np.ones(slots.shape[1])
         before = self.stranded(free, cpu) - _UNTOUCHED * untouched
