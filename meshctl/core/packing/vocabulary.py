@@ -115,18 +115,18 @@ class Placement:
     """Container -> UUID -> slots; containers that ask for none are not named."""
 
     def charge(self, demand: Demand) -> Charge:
-        """What the pod takes there: of each GPU the most that is held at any time."""
-        init = {ask.container for ask in demand.asks if ask.init}
+        """What the pod takes there: of each GPU the most that is held at any time. A sidecar that has started holds its
+        slots while later init containers run."""
         steady: dict[str, int] = {}
-        peak: dict[str, int] = {}
-        for container, gpus in self.gpus.items():
-            for uuid, slots in gpus.items():
-                if container in init:
-                    peak[uuid] = max(peak.get(uuid, 0), slots)
-                else:
-                    steady[uuid] = steady.get(uuid, 0) + slots
-        gpus_total = {uuid: max(steady.get(uuid, 0), peak.get(uuid, 0)) for uuid in sorted(steady.keys() | peak.keys())}
-        return Charge(self.node, demand.cpu_milli, demand.memory_mib, gpus_total, demand.namespace)
+        most: dict[str, int] = {}
+        init = {ask.container for ask in demand.asks if ask.init}
+        for container in dict.fromkeys((*(ask.container for ask in demand.asks), *self.gpus)):
+            for uuid, slots in self.gpus.get(container, {}).items():
+                now = steady.get(uuid, 0) + slots
+                most[uuid] = max(most.get(uuid, 0), now)
+                if container not in init:
+                    steady[uuid] = now
+        return Charge(self.node, demand.cpu_milli, demand.memory_mib, dict(sorted(most.items())), demand.namespace)
 
 
 class Reason(StrEnum):
