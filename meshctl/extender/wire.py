@@ -62,7 +62,7 @@ class Answer:
     outcome: str
 
 
-def read_candidates(body: bytes) -> Candidates:
+def read_candidates(body: bytes | bytearray) -> Candidates:
     """Raises InputError that says what is wrong with the request."""
     request = _object(body)
     pod = _pod(request)
@@ -77,18 +77,23 @@ def read_candidates(body: bytes) -> Candidates:
     items = nodes.get("items") if isinstance(nodes, dict) else nodes
     if not isinstance(nodes, dict) or not isinstance(items or [], list):
         raise InputError("Nodes is no list of nodes")
-    by_name = {_text(_mapping(node, "metadata", where="Nodes.items"), "name"): node for node in items or ()}
+    try:
+        by_name = {node["metadata"]["name"]: node for node in items or ()}
+    except (TypeError, KeyError) as error:
+        raise InputError("a node in Nodes.items has no metadata.name") from error
+    if set(map(type, by_name)) - {str}:
+        raise InputError("a node in Nodes.items has a name that is no text")
     return Candidates(pod, list(by_name), by_name)
 
 
-def read_binding(body: bytes) -> Binding:
+def read_binding(body: bytes | bytearray) -> Binding:
     """Raises InputError that says what is wrong with the request."""
     request = _object(body)
     pod = PodId(_text(request, "PodNamespace"), _text(request, "PodName"), _text(request, "PodUID"))
     return Binding(pod, _text(request, "Node"))
 
 
-def read_preemption(body: bytes) -> Preemption:
+def read_preemption(body: bytes | bytearray) -> Preemption:
     """Raises InputError that says what is wrong with the request."""
     request = _object(body)
     by_uid, whole = request.get("NodeNameToMetaVictims"), request.get("NodeNameToVictims")
@@ -176,7 +181,7 @@ def failed(verb: str, message: str, outcome: str) -> Answer:
     return Answer(orjson.dumps(bodies.get(verb, {"Error": message})), outcome)
 
 
-def _object(body: bytes) -> Mapping[str, Any]:
+def _object(body: bytes | bytearray) -> Mapping[str, Any]:
     try:
         request = orjson.loads(body)
     except orjson.JSONDecodeError as error:

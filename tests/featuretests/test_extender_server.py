@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import os
 import socket
@@ -163,6 +164,18 @@ async def test_what_makes_no_sense_changes_nothing(verb: str, body: bytes) -> No
         assert (await site.post("filter", ASKED))["NodeNames"] == ["b"]
 
 
+async def test_a_large_request_that_makes_no_sense_leaves_no_trace() -> None:
+    """The next one is served, and garbage is collected."""
+    async with serving() as site:
+        assert "is no JSON" in (await site.post("filter", b"[" + b"1," * 2**20))["Error"]
+        assert (await site.post("filter", ASKED))["NodeNames"] == ["b"]
+        await until(_collecting, "garbage is collected")
+
+
+async def _collecting() -> bool:
+    return gc.isenabled()
+
+
 async def test_a_pod_that_cannot_be_read_says_so() -> None:
     """What the ledger says of it is the pod's Event."""
     async with serving() as site:
@@ -191,17 +204,26 @@ async def test_a_request_that_ends_in_the_middle_is_nobodys_loss() -> None:
 
 
 async def test_a_request_of_50_megabytes_is_read() -> None:
-    """Whole Node objects of a large cluster."""
+    """Whole Node objects of a large cluster; what was left to the garbage collector then is looked at again."""
     async with serving() as site:
         nodes = [{"metadata": {"name": name, "annotations": {"x": "y" * 25_000_000}}} for name in "ab"]
         found = await site.post("filter", {"Pod": POD, "Nodes": {"items": nodes}})
         assert [node["metadata"]["name"] for node in found["Nodes"]["items"]] == ["b"]
+        await until(_collecting, "garbage is collected")
 
 
-async def test_a_request_beyond_the_limit_says_what_to_do() -> None:
-    """Names alone are small."""
+@pytest.mark.parametrize("announced", [True, False])
+async def test_a_request_beyond_the_limit_says_what_to_do(announced: bool) -> None:
+    """Names alone are small. Whether its length is said before or not."""
     async with serving(body_bytes=2**20) as site:
-        found = await site.post("filter", b" " * (2**20 + 1))
+        body = b" " * (2**20 + 1)
+
+        async def parts() -> AsyncIterator[bytes]:
+            yield body[:-9]
+            yield body[-9:]
+
+        async with site.client.post(site.url("filter"), data=io.BytesIO(body) if announced else parts()) as response:
+            found = orjson.loads(await response.read())
         assert "more than 1 MiB" in found["Error"]
         assert "nodeCacheCapable" in found["Error"]
         assert (await site.post("filter", ASKED))["NodeNames"] == ["b"]

@@ -191,8 +191,9 @@ WRONG: Mapping[str, tuple[Reader, bytes, str]] = {
     "names that are one": (wire.read_candidates, by_name(NodeNames="fake-0"), "NodeNames is no list of names"),
     "names that are numbers": (wire.read_candidates, by_name(NodeNames=["a", 1]), "NodeNames is no list of names"),
     "nodes that are a list": (wire.read_candidates, whole(Nodes=[]), "Nodes is no list of nodes"),
-    "nodes that are numbers": (wire.read_candidates, whole(Nodes={"items": [1]}), "Nodes.items has no metadata"),
-    "a node without a name": (wire.read_candidates, whole(Nodes={"items": [{"metadata": {}}]}), "name is missing"),
+    "nodes that are numbers": (wire.read_candidates, whole(Nodes={"items": [1]}), "Nodes.items has no metadata.name"),
+    "a node without a name": (wire.read_candidates, whole(Nodes={"items": [{"metadata": {}}]}), "has no metadata.name"),
+    "a node named 7": (wire.read_candidates, whole(Nodes={"items": [{"metadata": {"name": 7}}]}), "is no text"),
     "no pod to bind": (wire.read_binding, orjson.dumps(BIND | {"PodUID": ""}), "PodUID is missing"),
     "no node to bind to": (wire.read_binding, orjson.dumps(BIND | {"Node": None}), "Node is missing"),
     "victims that are a list": (
