@@ -214,9 +214,9 @@ class Ledger:
             return Whose.NOBODY
         if ended(pod):
             return Whose.ENDED
-        charge = self._fleet.charges.get(_uid(pod))
-        mine = charge is not None and charge.node == card.node and card.uuid in charge.gpus
-        return Whose.CHARGED if mine and admitted(pod) else Whose.NOBODY
+        charge = self._fleet.charges.get(_uid(pod)) if node_of(pod) == card.node else None
+        mine = charge is not None and card.uuid in charge.gpus
+        return Whose.CHARGED if mine else Whose.NOBODY
 
     def _end(self, uid: str) -> frozenset[str]:
         """The pod has nothing any more. The GPU objects that this may concern."""
