@@ -161,7 +161,7 @@ class Fleet:
     def _place(self, shape: Shape, row: int, column: int, demand: Demand) -> Placement:
         """On a node where it fits."""
         name = self._state.names[row]
-        if column != NO_COLUMN:
+        if column != NO_COLUMN and not (self._scorer.spread and self._state.division):
             uuid = self._state.devices(row)[column].uuid
             return Placement(name, {ask.container: {uuid: ask.slots} for ask in demand.asks})
         gpus: dict[str, dict[str, int]] = {}
