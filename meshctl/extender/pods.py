@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
 from decimal import Decimal
 from functools import lru_cache
 from types import MappingProxyType
@@ -79,22 +78,28 @@ def identity(pod: Mapping[str, Any]) -> PodId:
 def needs_of(pod: Mapping[str, Any], resources: Collection[str]) -> Demand:
     """CPU, memory and slots that it needs wherever it is; `resources` are those that slots are offered as. Raises
     InputError for what can't be read."""
-    where = _where(pod)
-    spec = _mapping(pod, "spec", where)
-    requests = requests_of(spec, where)
-    return Demand(
-        cpu_milli=requests.cpu_milli,
-        memory_mib=requests.memory_mib,
-        asks=tuple(_asks(spec, resources, where)),
-        namespace=str(_mapping(pod, "metadata", where).get("namespace") or ""),
-    )
+    return _demand(pod, resources, None, _NO_UNFIT, _where(pod))
 
 
 def demand_of(pod: Mapping[str, Any], resources: Collection[str], unfit: Mapping[str, str] = _NO_UNFIT) -> Demand:
     """Likewise, with the GPUs that will do. Raises InputError for what can't be read."""
     where = _where(pod)
     annotations = _mapping(_mapping(pod, "metadata", where), "annotations", where)
-    return replace(needs_of(pod, resources), products=_products(annotations, where), unfit=unfit)
+    return _demand(pod, resources, _products(annotations, where), unfit, where)
+
+
+def _demand(
+    pod: Mapping[str, Any],
+    resources: Collection[str],
+    products: frozenset[str] | None,
+    unfit: Mapping[str, str],
+    where: str,
+) -> Demand:
+    spec = _mapping(pod, "spec", where)
+    requests = requests_of(spec, where)
+    namespace = str(_mapping(pod, "metadata", where).get("namespace") or "")
+    asks = tuple(_asks(spec, resources, where))
+    return Demand(requests.cpu_milli, requests.memory_mib, asks, products, unfit, namespace)
 
 
 def labels_of(pod: Mapping[str, Any]) -> Mapping[str, str]:
@@ -176,9 +181,10 @@ def _products(annotations: Mapping[str, Any], where: str) -> frozenset[str] | No
 
 def quantity(text: object, where: str) -> Decimal:
     """A quantity as Kubernetes writes it, at least 0. Raises InputError."""
-    if not isinstance(text, str | int) or isinstance(text, bool):
-        raise InputError(f"{where}: {text!r} is no quantity")
-    found = _quantity(text)
+    try:
+        found = _quantity(text)
+    except TypeError:  # a list, an object: not hashable
+        found = None
     if found is None:
         raise InputError(f"{where}: {text!r} is no quantity")
     return found
@@ -188,9 +194,11 @@ _parse: Callable[[object], Decimal] = parse_quantity
 """The package gives its functions no types."""
 
 
-@lru_cache(maxsize=8192)
-def _quantity(text: str | int) -> Decimal | None:
+@lru_cache(maxsize=8192, typed=True)
+def _quantity(text: object) -> Decimal | None:
     """Remembered: pods say the same few hundred again and again. None: it is none, or out of bounds."""
+    if not isinstance(text, (str, int)) or isinstance(text, bool):
+        return None
     try:
         found = _parse(text)
     except ValueError:
