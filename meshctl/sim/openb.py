@@ -37,6 +37,7 @@ MAX_FAULTS = 20
 ENVIRONMENT = "OPENB_DIR"
 DEFAULT_DIR = "../shared/openb"
 """Relative to the root of the repository."""
+ORIGIN = "they come from https://github.com/alibaba/clusterdata, cluster-trace-gpu-v2023/csv"
 NODES_FILE = "openb_node_list_gpu_node.csv"
 TRACES = ("default", "gpushare40", "gpushare100", "multigpu20")
 
@@ -78,9 +79,9 @@ def published(name: str, directory: Path) -> Trace:
 
 
 def find(root: Path) -> Path | None:
-    """The directory of the published traces, if it is there: $OPENB_DIR, or `DEFAULT_DIR` from the repository's `root`.
+    """Where the published traces are, if they are: $OPENB_DIR, or `DEFAULT_DIR` from `root`, the repository's.
 
-    They are not part of the project: https://github.com/alibaba/clusterdata, cluster-trace-gpu-v2023/csv.
+    They are not part of the project: `ORIGIN`.
     """
     found = Path(os.environ.get(ENVIRONMENT, "") or root / DEFAULT_DIR)
     return found if (found / NODES_FILE).is_file() else None
