@@ -56,7 +56,8 @@ class Want:
 class Table:
     """All nodes as arrays: a row for each node, in order of its name; a column for each of its GPUs, by UUID.
 
-    N nodes, D: the most GPUs of any node. To policies it is read-only. (N, D) are in Fortran's order: `at_rows`.
+    N nodes, D: the most GPUs of any node, at least 1. To policies it is read-only. (N, D) are in Fortran's order:
+    see `at_rows`.
     """
 
     __slots__ = (
@@ -74,8 +75,8 @@ class Table:
 
     def __init__(self, nodes: int, devices: int) -> None:
         self.names: Sequence[str] = ()
-        self.products: list[str] = []
-        """The product of each code."""
+        self.products: list[str] = [""]
+        """The product of each code; 0 also stands where there is no GPU."""
         self.cpu_free: Ints = np.zeros(nodes, np.int64)
         """(N,) millicores; negative where more is taken than there is."""
         self.cpu_total: Ints = np.zeros(nodes, np.int64)

@@ -268,7 +268,7 @@ class State(Table):
     def _lay_out(self) -> None:
         """A row for each node, and columns enough. Rows whose nodes stay are copied."""
         width = max((len(self._hosts[name].devices) for name in self._moved if name in self.nodes), default=0)
-        wide = max(width, self.room.shape[1])
+        wide = max(width, self.room.shape[1], 1)
         if wide == self.room.shape[1] and self.row.keys() == self.nodes.keys():
             return
         names = [name.encode().decode() for name in sorted(self.nodes)]  # side by side: 5000 looked up in half the time
