@@ -6,6 +6,7 @@ Not here: 14 and 20 are the agent's, 15 to 19 the extender's.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from meshctl.core.packing.fleet import Fleet
 from meshctl.core.packing.vocabulary import (
@@ -21,8 +22,8 @@ from meshctl.core.packing.vocabulary import (
 )
 
 
-def node(slots: int = 4, *, gpus: int = 2, name: str = "node", **device: object) -> Node:
-    devices = tuple(Device(f"{name}-{i}", slots, **device) for i in range(gpus))  # type: ignore[arg-type] - fields of Device
+def node(slots: int = 4, *, gpus: int = 2, name: str = "node", **device: Any) -> Node:
+    devices = tuple(Device(f"{name}-{i}", slots, **device) for i in range(gpus))
     return Node(name, 64_000, 65_536, devices)
 
 

@@ -22,16 +22,16 @@ CODE: Mapping[Reason, int] = {reason: code for code, reason in enumerate(REASONS
 UNKNOWN = Refusal(Reason.UNKNOWN_NODE, "nothing is known of this node (yet)")
 WORSE = Refusal(Reason.WORSE, "the pod would fit, but another node is better")
 BRIEF: Mapping[Reason, str] = {
-    Reason.UNKNOWN_NODE: "are not known",
-    Reason.NO_GPU: "have no such GPU",
-    Reason.PRODUCT: "have GPUs of other products",
-    Reason.TOO_SLOW: "have GPUs that are too slow for the model",
-    Reason.TOO_SMALL: "have too small GPUs",
-    Reason.CLOSED: "have GPUs that take nobody new",
-    Reason.TENANT: "have GPUs of other namespaces",
-    Reason.NO_ROOM: "have no GPU with room",
-    Reason.CPU: "have too little CPU",
-    Reason.MEMORY: "have too little memory",
+    Reason.UNKNOWN_NODE: "unknown",
+    Reason.NO_GPU: "without such a GPU",
+    Reason.PRODUCT: "with GPUs of other products",
+    Reason.TOO_SLOW: "with GPUs too slow for the model",
+    Reason.TOO_SMALL: "with too small GPUs",
+    Reason.CLOSED: "with GPUs that take nobody new",
+    Reason.TENANT: "with GPUs of other namespaces",
+    Reason.NO_ROOM: "without room on a single GPU",
+    Reason.CPU: "short of CPU",
+    Reason.MEMORY: "short of memory",
 }
 """What is said of nodes that are only counted."""
 
