@@ -123,7 +123,7 @@ class _Kind(NamedTuple):
 
 
 class Fgd:
-    """Fragmentation gradient descent. The workload is what arrived until its number last doubled."""
+    """Fragmentation gradient descent. The workload is all that has arrived, looked at anew when it has doubled."""
 
     spread = False
 
@@ -251,8 +251,9 @@ def _tightest(want: Want, table: Table, rows: Ints) -> Floats:
     """(R, D) or (R, 1): at most `_WITHIN`, 0 for the fullest GPU of each node that has room."""
     if len(want.items) != 1:
         return np.zeros((len(rows), 1))
-    free = np.where(at_rows(table.room, rows) >= want.items[0].slots, _free(table, rows), np.inf)
-    return np.where(np.isfinite(free), _WITHIN * (free - free.min(axis=1, initial=np.inf, keepdims=True)), 0.0)
+    free = np.where(at_rows(table.room, rows) >= want.items[0].slots, _free(table, rows), 1.0)
+    behind: Floats = _WITHIN * (free - free.min(axis=1, initial=1.0, keepdims=True))
+    return behind
 
 
 def _packed(want: Want, table: Table, rows: Ints) -> tuple[Ints, Ints]:
