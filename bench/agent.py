@@ -34,7 +34,7 @@ from grpc import aio
 if not __package__:  # run as a file: the project's root is not on the path then
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from bench.memory import memory_mb
+from bench.memory import cpu_s, memory_mb
 from bench.report import Figure, JsonOption, Report, at_most, progress, quantiles, quiet_logs
 from deviceplugin import kubeletapi as api
 from deviceplugin.ledger import PENDING_S
@@ -326,12 +326,6 @@ async def _idle(report: Report, stand: Stand, idle_s: float, note: str) -> None:
 def _memory(stand: Stand, note: str) -> list[Figure]:
     size, highest = memory_mb(stand.pid)
     return [Figure("agent, resident", size, "MB", at_most(MEMORY_MB), f"highest {highest:.0f} MB; {note}")]
-
-
-def cpu_s(pid: int) -> float:
-    """Of the process alone, without its children."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # -------------------------------------------------------------------------------------------------- kubelet's restarts

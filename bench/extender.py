@@ -30,7 +30,7 @@ if not __package__:  # run as a file: the project's root is not on the path then
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from bench.apistub import GPUS, Size, node, node_name, pending_pod
-from bench.memory import memory_mb
+from bench.memory import cpu_s, memory_mb
 from bench.report import Figure, JsonOption, Report, at_most, progress, quantiles, quiet_logs
 from tests.harness.tools import DEADLINE_S, ToolProcess, holds_by, page
 
@@ -158,6 +158,7 @@ def bench_names(report: Report, extender: ExtenderProcess, scale: Scale) -> None
     """A Filter by names, then a Bind, for each pending pod."""
     names = [node_name(number) for number in range(scale.size.nodes)]
     scheduler, filters, binds, none, size = Scheduler(extender.ports[0]), [], [], 0, 0
+    used_s = -cpu_s(extender.pid)
     for number in range(scale.size.pending):
         pod = pending_pod(number)
         answer, took_ms = scheduler.ask("filter", orjson.dumps({"Pod": pod, "Nodes": None, "NodeNames": names}))
@@ -169,10 +170,15 @@ def bench_names(report: Report, extender: ExtenderProcess, scale: Scale) -> None
         else:
             none += 1
     scheduler.close()
+    used_s += cpu_s(extender.pid)
     note = f"{scale}; nodeCacheCapable, answers of {size / 1e3:.0f} kB; another pod each time, bound before the next"
     limits = {0.5: at_most(P50_MS), 0.99: at_most(P99_MS)}
     report.add(*quantiles("Filter by names", filters[WARM_UP:], "ms", limits, note))
     report.add(*quantiles("Bind", binds[WARM_UP:], "ms", {0.99: None}, f"{scale}; the API server's part included"))
+    of_both_ms = 1e3 * used_s / scale.size.pending
+    report.add(
+        Figure("Filter and Bind, CPU of the extender", of_both_ms, "ms", note="what a busy machine leaves alone")
+    )
     report.add(Figure("pods that found no node", none, "pods", note=f"of {scale.size.pending}"))
     holds_by(lambda: extender.reservations() == 0, "every binding was seen")
 
