@@ -341,6 +341,49 @@ def test_preemption_never_takes_an_equal() -> None:
     assert dict(told.ledger.fleet.charges) == before
 
 
+def nominated(name: str, priority: int) -> dict[str, Any]:
+    """The scheduler has evicted others from node n for it."""
+    value = pod(name, slots=4, priority=priority)
+    return {**value, "status": {**value["status"], "nominatedNodeName": "n"}}
+
+
+def test_room_that_was_made_for_a_pod_is_not_given_to_one_that_is_no_more_important() -> None:
+    """While it waits for its turn: neither by Filter nor by Bind; a more important one may have it, and so may it."""
+    told = site(gpus=1).tell("Pod", nominated("vip", 10), pod("equal", slots=1, priority=10), pod("low", slots=1))
+    before = dict(told.ledger.fleet.charges)
+    for value in (pod("equal", slots=1, priority=10), pod("low", slots=1)):
+        decision = told.ledger.decide(value, ["n"])
+        assert decision.placement is None
+        assert decision.refused["n"].reason is Reason.NO_ROOM
+        with pytest.raises(BindError, match="does not fit on n any more"):
+            told.ledger.reserve(pod_id(value), "n")
+    for value in (pod("higher", slots=1, priority=11), nominated("vip", 10)):
+        assert told.ledger.decide(value, ["n"]).placement is not None
+    assert dict(told.ledger.fleet.charges) == before
+    told.ledger.reserve(pod_id(nominated("vip", 10)), "n")
+
+
+@pytest.mark.parametrize("how", ["bound elsewhere", "gone", "nominated no more", "ended"])
+def test_room_is_kept_no_longer_than_the_pod_waits_for_it(how: str) -> None:
+    """Then anybody may have it."""
+    told = site(gpus=1).tell("Pod", nominated("vip", 10))
+    if how == "gone":
+        told.gone("Pod", nominated("vip", 10))
+    else:
+        node, phase = "m" if how == "bound elsewhere" else "", "Failed" if how == "ended" else "Pending"
+        told.tell("Pod", pod("vip", slots=4, priority=10, node=node, phase=phase))
+    assert told.ledger.decide(pod("low"), ["n"]).placement is not None
+
+
+def test_a_pod_that_asks_for_no_gpu_may_go_anywhere() -> None:
+    """No node is chosen for it, and none refused; nor are more pods evicted than the scheduler says."""
+    told, value = site(), pod("p", container(cpu="1"))
+    decision = told.ledger.decide(value, ["n", "m"])
+    assert (decision.placement, dict(decision.refused)) == (None, {})
+    chosen = {"m": Victims(("uid-x",), 0)}
+    assert told.ledger.preempt(value, chosen) == chosen
+
+
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
