@@ -35,6 +35,8 @@ class ApiProxy:
         self._token = config["users"][0]["user"]["token"]
         self.kubeconfig = directory / "proxy.kubeconfig"
         self.asked: list[str] = []
+        self.answered: list[tuple[str, int]] = []
+        """Likewise, with its status, once the API server has answered."""
         self.pauses_s: dict[str, float] = {}
         """How long each request that is such a one (as in `asked`) waits before it is passed on."""
         self.gates: dict[str, asyncio.Event] = {}
@@ -123,6 +125,7 @@ class ApiProxy:
             if answer[0] == what:
                 self._answers.remove(answer)
                 return web.Response(status=answer[1], headers=answer[2], body=answer[3])
+        sent = await request.read()  # now: it is passed on though its client goes away meanwhile
         await asyncio.sleep(self.pauses_s.get(what, 0.0))
         if what in self.gates:
             await self.gates[what].wait()
@@ -131,13 +134,14 @@ class ApiProxy:
             request.method,
             self._upstream["server"] + request.path_qs,
             headers=headers,
-            data=await request.read(),
+            data=sent,
             timeout=aiohttp.ClientTimeout(total=None),
         ) as upstream:
             if what.startswith("WATCH") and upstream.status == 200:
                 return await self._stream(what, request, upstream)
             kept = {name: value for name, value in upstream.headers.items() if name.lower() not in _HOP_BY_HOP}
             body = await upstream.read()
+            self.answered.append((what, upstream.status))
             if what in self.answer_gates:
                 await self.answer_gates[what].wait()
             return web.Response(status=upstream.status, headers=kept, body=body)

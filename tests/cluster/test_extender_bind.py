@@ -7,12 +7,15 @@ runs on the node: there is only its object.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+import signal
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 
 from meshctl.adapters.kubernetes.client import Client, connect
@@ -28,7 +31,7 @@ from meshctl.ports import ObjectKey
 from meshctl.sharing import RESOURCE
 from tests.cluster.cluster import Cluster
 from tests.cluster.proxy import ApiProxy
-from tests.harness.tools import DEADLINE_S, until
+from tests.harness.tools import DEADLINE_S, ToolProcess, completed, until
 
 pytestmark = pytest.mark.cluster
 
@@ -266,8 +269,10 @@ async def test_a_binding_without_an_answer_is_found_out(stand: Stand, proxy: Api
         assert "not done" in await said(one.binder, late, stand.node)
         await one.settled()
         assert one.ledger.fleet.free(stand.gpu) == 1
-        assert one.binder.counts[Outcome.LOST] > 1
+        lost = one.binder.counts[Outcome.LOST]
+        assert lost > 1
         proxy.gates.pop(BINDING).set()
+        await until(lambda: told(proxy.answered.count((BINDING, 409)) == lost), "the late writes are answered")
         proxy.answer_gates[BINDING] = asyncio.Event()
         await one.binder.bind(done, stand.node)
         proxy.answer_gates.pop(BINDING).set()
@@ -465,3 +470,56 @@ async def test_who_can_not_finish_lets_the_lease_expire(cluster: Cluster, stand:
         await second.binder.bind(pod, stand.node)
         assert await stand.planned() == {pod.name: 1}
         assert ALLOCATION in (await stand.now(pod))["metadata"]["annotations"]
+
+
+# ------------------------------------------------------------------------------------------------------------ processes
+
+
+class Extender(ToolProcess):
+    """`meshctl extender`, ready when it binds."""
+
+    name = "extender"
+
+    def __init__(self, directory: Path, kubeconfig: Path, lease: str) -> None:
+        super().__init__(directory)
+        self._options = (f"--kubeconfig={kubeconfig}", f"--lease={lease}")
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.ports[0]}"
+
+    @property
+    def ready_url(self) -> str:
+        return f"{self.url}/readyz"
+
+    def command(self) -> Sequence[str | Path]:
+        return (sys.executable, "-m", "meshctl", "extender", f"--listen=127.0.0.1:{self.ports[0]}", *self._options)
+
+    async def bind(self, pod: PodId, node: str) -> str:
+        """What the scheduler is told: "" when the pod is bound."""
+        asked = {"PodName": pod.name, "PodNamespace": pod.namespace, "PodUID": pod.uid, "Node": node}
+        async with aiohttp.ClientSession() as session, session.post(f"{self.url}/bind", json=asked) as answer:
+            assert answer.status == 200
+            return str((await answer.json()).get("Error", ""))
+
+
+async def test_a_kill_between_reservation_and_write_leaves_nothing(stand: Stand, proxy: ApiProxy) -> None:
+    """The next process gives the place to another pod; the write of the killed one, late, is refused."""
+    await stand.with_gpu(slots=1)
+    killed, other = await stand.pods(2)
+    lease = ObjectKey("Lease", stand.namespace, "extender")
+    async with Extender(proxy.kubeconfig.parent, proxy.kubeconfig, f"{lease.namespace}/{lease.name}") as extender:
+        proxy.gates[BINDING] = asyncio.Event()
+        binding = asyncio.create_task(extender.bind(killed, stand.node))
+        await until(lambda: told(BINDING in proxy.asked), "the binding is under way")
+        await extender.end(signal.SIGKILL)
+        with pytest.raises(aiohttp.ClientError):
+            await binding
+        late = proxy.gates.pop(BINDING)
+        await stand.client.delete(lease)  # or wait until it expires
+        await completed(extender.start)
+        assert await extender.bind(other, stand.node) == ""
+        late.set()
+        await until(lambda: told((BINDING, 409) in proxy.answered), "the late write is answered")
+        assert NO_ROOM in await extender.bind(killed, stand.node)
+    assert await stand.planned() == {other.name: 1}
