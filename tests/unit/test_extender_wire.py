@@ -82,6 +82,17 @@ def test_the_chosen_node_is_the_only_one_and_the_others_say_why_not() -> None:
     assert answered(by_name(), decision) == expected
 
 
+def test_of_many_nodes_only_the_chosen_one_is_told_of() -> None:
+    """The scheduler throws the others' reasons away; to write and read thousands costs more than the decision. Where no
+    node fits they are the pod's Event."""
+    names = [f"n{number}" for number in range(wire.TOLD + 1)]
+    others = dict.fromkeys(names[1:], BETTER)
+    found = answered(by_name(NodeNames=names), Decision(Placement("n0"), "why", others))
+    assert (found["NodeNames"], found["FailedNodes"], found["FailedAndUnresolvableNodes"]) == (["n0"], {}, {})
+    found = answered(by_name(NodeNames=names), Decision(None, "why", dict.fromkeys(names, NO_ROOM)))
+    assert sorted(found["FailedAndUnresolvableNodes"]) == sorted(names)
+
+
 def test_whole_nodes_are_answered_with_the_whole_node() -> None:
     """Older schedulers take the node from the answer, not from their cache."""
     found = answered(whole(), decided("fake-1", fake_0=NO_ROOM, fake_2=BETTER, fake_3=BETTER))
