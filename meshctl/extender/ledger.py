@@ -50,6 +50,13 @@ class Ledger:
         else:
             self._books.take(key, value)
 
+    def warm_up(self) -> None:
+        """Once everything was told: what takes seconds for 20,000 pods and 40,000 GPUs is done now, and not in the first
+        decision."""
+        self._books.learn()
+        self.fleet.stranded()
+        self.slots()
+
     def asks(self, pod: Mapping[str, Any]) -> bool:
         """Whether it asks for slots. Raises InputError for a pod that can't be read."""
         return bool(needs_of(pod, self._books.resources).asks)

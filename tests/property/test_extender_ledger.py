@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from meshctl.core.packing.vocabulary import Charge
 from meshctl.errors import InputError
@@ -220,4 +221,6 @@ class LedgerMachine(RuleBasedStateMachine):
         assert charges - on == self.told.ledger.reserved.keys()
 
 
-TestLedger = LedgerMachine.TestCase
+def test_the_ledger_whatever_is_told_and_bound() -> None:
+    """Nothing is over-booked, nothing leaks, and it is what the same objects in another order make of it."""
+    run_state_machine_as_test(LedgerMachine, settings=settings(max_examples=60, stateful_step_count=40, deadline=None))

@@ -387,6 +387,14 @@ def test_a_pod_that_asks_for_no_gpu_may_go_anywhere() -> None:
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
+def test_warming_up_decides_nothing() -> None:
+    """It only comes before what would be done anyway."""
+    cold, warm = (site().tell("Pod", pod(), pod("q", node="n", plan=PLAN)) for _ in range(2))
+    warm.ledger.warm_up()
+    assert warm.ledger.decide(pod(), None) == cold.ledger.decide(pod(), None)
+    assert dict(warm.ledger.fleet.charges) == dict(cold.ledger.fleet.charges)
+
+
 def test_slots_by_state() -> None:
     """Used, reserved, free and closed ones sum up to all."""
     told = site().tell("Pod", pod("p", node="n", plan={"server": {A: 3}}), pod("q", slots=1))
