@@ -191,7 +191,7 @@ class Fleet:
         return "; ".join(f"{slots} of the {free(uuid)} free slots of {uuid}" for uuid, slots in taken.items())
 
     def _why_not(self, shape: Shape, rows: Ints | None) -> str:
-        _, codes = shape.words(self._state, self._scorer)
+        codes = shape.codes(self._state, self._scorer)
         asked = codes if rows is None else codes[rows[rows >= 0]]
         counts = np.bincount(asked, minlength=len(REASONS))
         counts[REASONS.index(Reason.UNKNOWN_NODE)] += 0 if rows is None else int((rows < 0).sum())
@@ -202,7 +202,7 @@ class Fleet:
         state = self._state
         state.settle()
         shape = self._shape(shape.want)
-        words, _ = shape.words(state, self._scorer)
+        words = shape.words(state, self._scorer)
         refused = (
             words.copy() if names is None else dict(zip(names, map(words.get, names, repeat(UNKNOWN)), strict=True))
         )

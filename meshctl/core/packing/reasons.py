@@ -8,6 +8,7 @@ the words only where few different ones are to be expected.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from meshctl.core.packing.vocabulary import Device, Reason, Refusal
 REASONS = tuple(Reason)
 """A reason's code is its position."""
 CODE: Mapping[Reason, int] = {reason: code for code, reason in enumerate(REASONS)}
+_PASSING = -1
+"""Code of no reason that lasts."""
 UNKNOWN = Refusal(Reason.UNKNOWN_NODE, "nothing is known of this node (yet)")
 WORSE = Refusal(Reason.WORSE, "the pod would fit, but another node is better")
 BRIEF: Mapping[Reason, str] = {
@@ -36,6 +39,19 @@ BRIEF: Mapping[Reason, str] = {
 """What is said of nodes that are only counted."""
 
 
+class Found(NamedTuple):
+    """What rows are refused for; (R,) each."""
+
+    codes: Ints
+    """Of reasons."""
+    needs: Ints
+    """Index of the need that finds no room."""
+    most: Ints
+    """Slots that it could have of one GPU."""
+    total: Ints
+    """Of all of them."""
+
+
 class Speaker:
     """The refusals of one demand. What lasts is said once for each kind of node, what passes for each row."""
 
@@ -44,47 +60,50 @@ class Speaker:
         self._needs = needs
         self._lasting: list[Refusal | None] = []
         """By `State.kinds`: why such a node is refused even when it is empty."""
-        self._said: dict[tuple[Reason, int, int, int], Refusal] = {}
-        """Reason, need, and the two numbers that it is about."""
+        self._said: dict[tuple[int, int, int, int], Refusal] = {}
+        """By what is found."""
 
-    def refusals(self, state: State, rows: Ints) -> list[Refusal]:
+    def found(self, state: State, rows: Ints) -> Found:
         """Why each of `rows` (R,), none of which fits, does not."""
         self._lasting += (self._of_kind(kind) for kind in state.kinds[len(self._lasting) :])
-        found = list(map(self._lasting.__getitem__, state.kind[rows].tolist()))
-        for index, need in enumerate(self._needs):
-            if still := [at for at, refusal in enumerate(found) if refusal is None]:
-                for at, refusal in zip(still, self._of_room(state, rows[still], index, need), strict=True):
-                    found[at] = refusal
-        short = state.cpu_free[rows] < self._want.cpu_milli
-        cpu, memory = self._of_node(Reason.CPU), self._of_node(Reason.MEMORY)
-        last = (cpu if self._want.cpu_milli > 0 and lacks else memory for lacks in short.tolist())
-        return [refusal or other for refusal, other in zip(found, last, strict=True)]
+        lasting = np.array([_PASSING if refusal is None else CODE[refusal.reason] for refusal in self._lasting])
+        short = (self._want.cpu_milli > 0) & (state.cpu_free[rows] < self._want.cpu_milli)
+        nothing = np.zeros(len(rows), np.int64)
+        found = Found(np.where(short, CODE[Reason.CPU], CODE[Reason.MEMORY]), nothing, nothing, nothing)
+        for index in reversed(range(len(self._needs))):
+            found = self._of_room(state, rows, index, found)
+        lasts = lasting[state.kind[rows]]
+        return found._replace(codes=np.where(lasts == _PASSING, found.codes, lasts))
 
-    def _of_room(self, state: State, rows: Ints, index: int, need: Need) -> list[Refusal | None]:
-        """What the GPUs of one resource are refused for now."""
-        several = divisible(state, rows)
+    def refusals(self, state: State, rows: Ints) -> list[Refusal]:
+        """The same in words."""
+        found = self.found(state, rows)
+        keys = zip(*(numbers.tolist() for numbers in found), strict=True)
+        lasting = map(self._lasting.__getitem__, state.kind[rows].tolist())
+        return [refusal or self._say(key) for refusal, key in zip(lasting, keys, strict=True)]
+
+    def _of_room(self, state: State, rows: Ints, index: int, other: Found) -> Found:
+        """What the GPUs of one resource are refused for now; `other` where for nothing."""
+        need, several = self._needs[index], divisible(state, rows)
         room = usable(self._want, need, state, rows)
-        enough = holds(need, room, several)
-        shut = np.zeros(len(rows), np.bool_)
+        fits = holds(need, room, several)
+        reason = np.full(len(rows), CODE[Reason.NO_ROOM])
         if state.isolation:
-            shut = ~enough & holds(need, usable(self._want, need, state, rows, anybody=True), several)
-        numbers = zip(enough.tolist(), shut.tolist(), room.max(axis=1).tolist(), room.sum(axis=1).tolist(), strict=True)
-        return [
-            None if fits else self._of_numbers(Reason.TENANT if other else Reason.NO_ROOM, index, most, total)
-            for fits, other, most, total in numbers
-        ]
+            reason[holds(need, usable(self._want, need, state, rows, anybody=True), several)] = CODE[Reason.TENANT]
+        mine = Found(reason, np.full(len(rows), index), room.max(axis=1), room.sum(axis=1))
+        return Found(*(np.where(fits, others, ours) for others, ours in zip(other, mine, strict=True)))
 
-    def _of_numbers(self, reason: Reason, index: int, most: int, total: int) -> Refusal:
-        key = (reason, index, most, total)
+    def _say(self, key: tuple[int, int, int, int]) -> Refusal:
         if (said := self._said.get(key)) is None:
-            need = self._needs[index]
-            said = self._said[key] = Refusal(reason, _numbers(reason, need, most, total))
+            said = self._said[key] = self._of_numbers(REASONS[key[0]], *key[1:])
         return said
 
-    def _of_node(self, reason: Reason) -> Refusal:
+    def _of_numbers(self, reason: Reason, need: int, most: int, total: int) -> Refusal:
         if reason is Reason.CPU:
             return Refusal(reason, f"too little CPU is free: {self._want.cpu_milli}m is asked for")
-        return Refusal(reason, f"too little memory is free: {self._want.memory_mib} MiB is asked for")
+        if reason is Reason.MEMORY:
+            return Refusal(reason, f"too little memory is free: {self._want.memory_mib} MiB is asked for")
+        return Refusal(reason, _numbers(reason, self._needs[need], most, total))
 
     def _of_kind(self, kind: tuple[Device, ...]) -> Refusal | None:
         """Why a node with such GPUs is refused even when it is empty."""

@@ -29,6 +29,7 @@ class Shape:
         "_costs",
         "_epoch",
         "_seen",
+        "_seen_codes",
         "_seen_words",
         "_speaker",
         "_words",
@@ -41,7 +42,7 @@ class Shape:
         self.needs = needs_of(want)
         self._costs: Floats = np.zeros(0)
         self._columns: Columns = np.zeros(0, np.int16)
-        self._seen = self._seen_words = -1
+        self._seen = self._seen_codes = self._seen_words = -1
         self._epoch = 0
         self._speaker = Speaker(want, self.needs)
         self._codes: Ints = np.zeros(0, np.int64)
@@ -79,24 +80,34 @@ class Shape:
             costs[good] = given[:, 0]
         return costs, columns
 
-    def words(self, state: State, scorer: Scorer) -> tuple[dict[str, Refusal], Ints]:
-        """Node -> why it is refused (WORSE where it would do), of all; and (N,) the reasons' codes. Not to be changed:
-        who wants to, copies it."""
-        costs = self.costs(state, scorer)
-        if self._seen_words == state.seq:
-            return self._words, self._codes
+    def codes(self, state: State, scorer: Scorer) -> Ints:
+        """(N,) why each node is refused, as `reasons.CODE` has it: WORSE where it would do."""
+        rows, bad = self._to_say(state, scorer, self._seen_codes)
+        if self._seen_codes < 0:
+            self._codes = np.zeros(len(state.names), np.int64)
+        self._seen_codes = state.seq
+        self._codes[rows] = CODE[Reason.WORSE]
+        if bad.size:
+            self._codes[bad] = self._speaker.found(state, bad).codes
+        return self._codes
+
+    def words(self, state: State, scorer: Scorer) -> dict[str, Refusal]:
+        """Node, by name -> why it is refused, in words. Not to be changed: who wants to, copies it."""
+        rows, bad = self._to_say(state, scorer, self._seen_words)
+        names = state.names
         if self._seen_words < 0:
-            rows = np.arange(len(costs))
-            self._words = dict.fromkeys(state.names, WORSE)
-            self._codes = np.zeros(len(costs), np.int64)
+            self._words = dict.fromkeys(names, WORSE)
         else:
-            rows = np.flatnonzero(state.stamp > self._seen_words)
+            self._words.update(dict.fromkeys(map(names.__getitem__, rows.tolist()), WORSE))
         self._seen_words = state.seq
-        good = costs[rows] < np.inf
-        self._codes[rows[good]] = CODE[Reason.WORSE]
-        self._words.update(dict.fromkeys((state.names[row] for row in rows[good].tolist()), WORSE))
-        bad = rows[~good]
-        words = self._speaker.refusals(state, bad) if bad.size else []
-        self._codes[bad] = [CODE[refusal.reason] for refusal in words]
-        self._words.update(zip((state.names[row] for row in bad.tolist()), words, strict=True))
-        return self._words, self._codes
+        if bad.size:
+            self._words.update(
+                zip(map(names.__getitem__, bad.tolist()), self._speaker.refusals(state, bad), strict=True)
+            )
+        return self._words
+
+    def _to_say(self, state: State, scorer: Scorer, seen: int) -> tuple[Ints, Ints]:
+        """Rows that changed since, and those of them where the demand does not fit."""
+        costs = self.costs(state, scorer)
+        rows = np.flatnonzero(state.stamp > seen)
+        return rows, rows[costs[rows] == np.inf]
