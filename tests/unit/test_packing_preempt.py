@@ -97,6 +97,14 @@ def test_slots_that_nobody_known_uses_stay_used() -> None:
     assert gone(full, demand(9), "n", HIGH, ["a"], pods(a=0)) == "a"
 
 
+def test_slots_that_are_used_beyond_what_there_are_stay_used() -> None:
+    """A GPU whose slots are charged and held twice over is not free when those who are charged have gone."""
+    full = fleet({"a": {"g0": 10}}, gpus=1)
+    full.hold("g0", 2)
+    assert gone(full, demand(9), "n", HIGH, ["a"], pods(a=0)) is None
+    assert gone(full, demand(8), "n", HIGH, ["a"], pods(a=0)) == "a"
+
+
 def test_two_whole_gpus_take_the_pods_of_two() -> None:
     """Those two that the fewest have to leave."""
     charges = {"a": {"g0": 10}, "b": {"g1": 5}, "c": {"g1": 5}, "d": {"g2": 10}}

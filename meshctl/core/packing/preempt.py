@@ -54,6 +54,16 @@ def victims(
     return tuple(pod.key for pod in sorted([*everyone, *further], key=_first_to_go, reverse=True))
 
 
+def leavers(fleet: Fleet, demand: Demand, node: str, keys: Iterable[str]) -> tuple[str, ...] | None:
+    """Of the pods `keys` those few without which `demand` fits on `node`; () when it fits as it is. None when it would
+    not fit without any of them."""
+    if node not in fleet.nodes:
+        return None
+    trial = _Trial(fleet, demand, node)
+    found = _further(trial, frozenset(), [Evictable(key, 0) for key in sorted(keys) if key in trial.charged])
+    return None if found is None else tuple(sorted(pod.key for pod in found))
+
+
 class _Trial:
     """A copy of one node on which pods can be evicted to see what then fits."""
 
@@ -64,7 +74,7 @@ class _Trial:
         for key, charge in self.charged.items():
             self._fleet.charge(key, charge)
         for device in fleet.nodes[node].devices:
-            self._fleet.hold(device.uuid, max(0, self._fleet.free(device.uuid) - fleet.free(device.uuid)))
+            self._fleet.hold(device.uuid, fleet.used_slots(device.uuid) - self._fleet.used_slots(device.uuid))
         self._gone: frozenset[str] = frozenset()
 
     def fits(self, gone: Collection[str]) -> bool:
