@@ -11,6 +11,7 @@ import pytest
 
 from meshctl.core.packing.fleet import Fleet
 from meshctl.core.packing.scoring import Floats, Ints, Table, Want
+from meshctl.core.packing.state import State
 from meshctl.core.packing.vocabulary import (
     Ask,
     Charge,
@@ -90,6 +91,32 @@ def test_a_node_may_change_its_gpus() -> None:
     made.put(gpus("n", 1, 4))
     assert (made.free("n-0"), made.used_slots("n-0")) == (0, 8)
     assert made.choose(share(3)).placement is None
+
+
+def test_a_gpu_that_two_nodes_show_is_taken_on_both() -> None:
+    """It was moved, and one of the two has not noticed yet."""
+    made = fleet(node("n", Device("g", 4)), node("m", Device("g", 4)))
+    made.charge("a", Charge("n", gpus={"g": 3}))
+    assert {name: isinstance(made.fit(share(2), name), Refusal) for name in "nm"} == {"n": True, "m": True}
+    made.drop("n")
+    assert made.free("g") == 1
+    made.release("a")
+    assert made.choose(share(4)).placement == Placement("m", {"server": {"g": 4}})
+
+
+def test_a_gpu_that_is_closed_in_ever_new_words_says_the_last() -> None:
+    """And the words before are forgotten."""
+    state = State()
+    made = Fleet()
+    for second in range(300):
+        closed = node("n", Device("g", 4, closed=f"unhealthy for {second} s"))
+        made.put(closed)
+        answer = made.fit(share(1), "n")
+        assert dict(made.choose(share(1)).refused) == {"n": answer}
+        assert answer == Refusal(Reason.CLOSED, f"its GPUs take nobody new: unhealthy for {second} s")
+        state.put(closed)
+        state.settle()
+        assert len(state.kinds) < 100
 
 
 def test_nobody_is_refused_cpu_that_he_does_not_ask_for() -> None:

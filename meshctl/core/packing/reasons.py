@@ -117,7 +117,7 @@ class Speaker:
         right = [device for device in ours if products is None or device.product in products]
         if not right:
             has = _listed((device.product or "unknown" for device in ours), ", ")
-            return Refusal(Reason.PRODUCT, f"its GPUs are {has}; asked for is {_listed(products or (), ' or ')}")
+            return Refusal(Reason.PRODUCT, f"its GPUs are {has}; asked for is {_listed(products or ('none',), ' or ')}")
         quick = [device for device in right if device.product not in unfit]
         if not quick:
             return Refusal(Reason.TOO_SLOW, _listed((f"{d.product}: {unfit[d.product]}" for d in right), "; "))

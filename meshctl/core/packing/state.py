@@ -21,6 +21,7 @@ from meshctl.sharing import REPLICAS
 NOBODY, SOMEBODY = -1, -2
 """Tenant of an isolated GPU: free for anybody; taken by several namespaces, or by who knows whom."""
 _SPARE_KINDS = 64
+"""Beyond two for each node, kinds that may be of no node any more: why a GPU is closed may be told ever anew."""
 
 
 class _Card:
@@ -269,14 +270,15 @@ class State(Table):
         """A row for each node, and columns enough. Rows whose nodes stay are copied."""
         width = max((len(self._hosts[name].devices) for name in self._moved if name in self.nodes), default=0)
         wide = max(width, self.room.shape[1], 1)
-        if wide == self.room.shape[1] and self.row.keys() == self.nodes.keys():
+        crowded = len(self.kinds) > 2 * len(self.nodes) + _SPARE_KINDS
+        if wide == self.room.shape[1] and self.row.keys() == self.nodes.keys() and not crowded:
             return
         names = [name.encode().decode() for name in sorted(self.nodes)]  # side by side: 5000 looked up in half the time
         old = np.fromiter((self.row.get(name, -1) for name in names), np.intp, len(names))
         for field in _ARRAYS:
             setattr(self, field, _rearranged(getattr(self, field), old, wide))
         self.resource[self.slots == 0] = -1
-        if len(self._kinds) > 2 * len(names) + _SPARE_KINDS:
+        if crowded:
             self._kinds, self.kinds = {}, []
             self._moved = set(names)
         self.layout += 1
