@@ -106,6 +106,8 @@ class ReceivingProcess(_Python):
 
 class ExtenderProcess(_Python):
     name = "extender"
+    deadline_s = 300.0
+    """Beside others: 165 MB are made, listed and read."""
 
     def __init__(self, directory: Path, kubeconfig: Path) -> None:
         super().__init__(directory)

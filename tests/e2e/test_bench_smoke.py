@@ -66,3 +66,11 @@ async def test_the_agent_bench_knows_of_every_slot() -> None:
         assert values(found, part), part
     assert len(values(found, "back -> Register")) == 3
     assert values(found, "know otherwise") == [0, 0, 0]
+
+
+async def test_the_extender_bench_places_every_pod() -> None:
+    """A small cluster: Filters by names and with whole nodes are timed, and memory is weighed."""
+    found = await report("extender")
+    for part in ("Filter by names, p99", "Bind, p99", "Filter / receive and parse", "resident when ready"):
+        assert values(found, part), part
+    assert values(found, "pods that found no node") == [0]

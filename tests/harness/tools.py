@@ -99,6 +99,8 @@ class ToolProcess(ABC):
 
     name = "tool"
     port_count = 1
+    deadline_s = DEADLINE_S
+    """For its start."""
     _TRIES = 3
 
     def __init__(self, directory: Path) -> None:
@@ -192,7 +194,8 @@ class ToolProcess(ABC):
         """True when it is ready, False when it ended instead."""
         process = self.process
         assert process is not None
-        holds_by(lambda: process.poll() is not None or self.ready(), f"{self.name} is ready; its log: {self.log}")
+        what = f"{self.name} is ready; its log: {self.log}"
+        holds_by(lambda: process.poll() is not None or self.ready(), what, self.deadline_s)
         return process.poll() is None
 
     def _tail(self) -> str:
