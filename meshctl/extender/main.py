@@ -8,6 +8,7 @@ scheduler can still be answered.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -20,12 +21,15 @@ from meshctl.adapters.kubernetes.lease import Lease
 from meshctl.adapters.kubernetes.reflector import Pace, Reflector
 from meshctl.address import Address
 from meshctl.core.packing.vocabulary import Policy
-from meshctl.errors import UnavailableError
+from meshctl.errors import InputError, MeshctlError, UnavailableError
 from meshctl.extender.binder import KubernetesBinder
 from meshctl.extender.ledger import Ledger
 from meshctl.extender.metrics import Figures, Metrics
+from meshctl.extender.pods import ended, node_of
+from meshctl.extender.ports import PodId
 from meshctl.extender.server import ExtenderServer
 from meshctl.extender.views import VIEWS
+from meshctl.extender.waiting import EVERY_S, Waiting
 from meshctl.ports import ObjectKey
 from meshctl.tls import Renewing, TlsFiles
 
@@ -54,17 +58,21 @@ class Config:
 async def serve(config: Config, ended: asyncio.Event, listed: Callable[[], object] = lambda: None) -> None:
     """Until `ended`; `listed` is called once everything is known. Raises InputError or MeshctlError when it can't
     start, with nothing left behind."""
-    async with _running(config) as (binder, address):
+    async with _running(config) as (binder, waker, address):
         listed()
         log.info("serving", address=str(address), tls=config.tls is not None, policy=str(config.policy))
         async with asyncio.TaskGroup() as tasks:
-            binding = tasks.create_task(binder.run(), name="lead")
+            running = [
+                tasks.create_task(binder.run(), name="lead"),
+                tasks.create_task(waker.run(), name="wake pods that have room now"),
+            ]
             await ended.wait()
-            binding.cancel()
+            for task in running:
+                task.cancel()
 
 
 @asynccontextmanager
-async def _running(config: Config) -> AsyncIterator[tuple[KubernetesBinder, Address]]:
+async def _running(config: Config) -> AsyncIterator[tuple[KubernetesBinder, Waker, Address]]:
     certificates = Renewing(config.tls) if config.tls is not None else None  # files that are no good are told at once
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(connect(config.kubeconfig))
@@ -72,15 +80,16 @@ async def _running(config: Config) -> AsyncIterator[tuple[KubernetesBinder, Addr
         watched = Watched(client, ledger)
         stack.push_async_callback(watched.stop)
         await watched.start(START_S)
-        metrics.observe(lambda: figures(ledger))
         lease = Lease(client, *config.lease.split("/", 1))
         binder = KubernetesBinder(client, ledger, lease, wrote=watched.pods.wrote)
-        server = ExtenderServer(ledger, binder, metrics)
+        metrics.observe(lambda: figures(ledger, binder))
+        waker = Waker(ledger, binder, watched)
+        server = ExtenderServer(ledger, binder, metrics, refused=waker.refused)
         await server.start(config.listen, certificates)
         stack.push_async_callback(server.stop)
         stack.push_async_callback(binder.stop)
         await lease.start()
-        yield binder, server.address
+        yield binder, waker, server.address
 
 
 class Watched:
@@ -130,6 +139,54 @@ class Watched:
         self._changed.set()
 
 
-def figures(ledger: Ledger) -> Figures:
+class Waker:
+    """Has the scheduler try pods again that were refused and have room now (`waiting` says why)."""
+
+    def __init__(self, ledger: Ledger, binder: KubernetesBinder, watched: Watched) -> None:
+        self._ledger, self._binder, self._watched = ledger, binder, watched
+        self._waiting = Waiting()
+
+    def refused(self, pod: PodId) -> None:
+        self._waiting.refused(pod, time.monotonic())
+
+    async def run(self) -> None:
+        """Never returns."""
+        for key, pod in self._watched.pods.objects.items():  # whom another replica refused
+            if not node_of(pod) and not ended(pod):
+                self.refused(PodId(key.namespace, key.name, uid_of(pod)))
+        while True:
+            await asyncio.sleep(EVERY_S)
+            if not self._binder.unready:
+                await self._wake()
+
+    async def _wake(self) -> None:
+        for pod in self._waiting.wake(time.monotonic(), self._fits):
+            log.info("room for a pod that waits", pod=f"{pod.namespace}/{pod.name}")
+            try:
+                await self._binder.wake(pod)
+            except MeshctlError as error:  # it is tried again, here or by the scheduler itself
+                log.warning("the scheduler is not told", pod=f"{pod.namespace}/{pod.name}", error=str(error))
+                return
+
+    def _fits(self, pod: PodId) -> bool | None:
+        """None: it waits no more, or asks for no GPU."""
+        seen = self._watched.pods.objects.get(ObjectKey("Pod", pod.namespace, pod.name))
+        if seen is None or uid_of(seen) != pod.uid or node_of(seen) or ended(seen):
+            return None
+        try:
+            if not self._ledger.asks(seen):
+                return None
+            return pod.uid not in self._ledger.reserved and self._ledger.decide(seen, None).placement is not None
+        except InputError:  # the scheduler is told, when it asks
+            return None
+
+
+def figures(ledger: Ledger, binder: KubernetesBinder) -> Figures:
     """What the metrics say of the cluster now."""
-    return Figures(ledger.slots(), sum(ledger.fleet.stranded().values()), len(ledger.reserved))
+    return Figures(
+        slots=ledger.slots(),
+        stranded_gpus=sum(ledger.fleet.stranded().values()),
+        reservations=len(ledger.reserved),
+        bindings={outcome.value: count for outcome, count in binder.counts.items()},
+        bindings_under_way=binder.under_way,
+    )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from meshctl.core.packing.vocabulary import Reason
@@ -24,6 +24,10 @@ class Figures:
     """That nobody can use, for want of CPU beside them."""
     reservations: int = 0
     """Pods whose binding is not seen yet."""
+    bindings: Mapping[str, int] = field(default_factory=dict)
+    """Outcome -> how many so far."""
+    bindings_under_way: int = 0
+    """Neither done nor certain not to be."""
 
 
 class Metrics:
@@ -90,3 +94,16 @@ class _Collector(Collector):
         yield GaugeMetricFamily(
             "meshctl_extender_reservations", "Pods whose binding is not seen yet.", figures.reservations
         )
+        yield GaugeMetricFamily(
+            "meshctl_extender_bindings_under_way",
+            "Bindings that are neither done nor certain not to be.",
+            figures.bindings_under_way,
+        )
+        bindings = CounterMetricFamily(
+            "meshctl_extender_bindings",
+            "Bindings by what became of them; besides, tries that met a conflict or whose answer was lost.",
+            labels=["outcome"],
+        )
+        for outcome, count in sorted(figures.bindings.items()):
+            bindings.add_metric([outcome], count)
+        yield bindings
