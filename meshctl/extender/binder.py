@@ -172,6 +172,12 @@ class KubernetesBinder:
             )
         task.result()
 
+    async def wake(self, pod: PodId) -> None:
+        """The scheduler tries the pod again, at once: a write to its status is something that it watches. Raises
+        RefusedError or UnavailableError when that can't be written."""
+        if not self.unready and pod.uid not in self._under_way:
+            await self._fence.void(pod)
+
     def _ended(self, pod: PodId, task: asyncio.Task[None]) -> None:
         del self._under_way[pod.uid]
         if task.cancelled():

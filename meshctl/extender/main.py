@@ -8,7 +8,6 @@ scheduler can still be answered.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -21,15 +20,13 @@ from meshctl.adapters.kubernetes.lease import Lease
 from meshctl.adapters.kubernetes.reflector import Pace, Reflector
 from meshctl.address import Address
 from meshctl.core.packing.vocabulary import Policy
-from meshctl.errors import InputError, MeshctlError, UnavailableError
+from meshctl.errors import UnavailableError
 from meshctl.extender.binder import KubernetesBinder
 from meshctl.extender.ledger import Ledger
 from meshctl.extender.metrics import Figures, Metrics
-from meshctl.extender.pods import ended, node_of
-from meshctl.extender.ports import PodId
 from meshctl.extender.server import ExtenderServer
 from meshctl.extender.views import VIEWS
-from meshctl.extender.waiting import EVERY_S, Waiting
+from meshctl.extender.waker import Waker
 from meshctl.ports import ObjectKey
 from meshctl.tls import Renewing, TlsFiles
 
@@ -83,7 +80,7 @@ async def _running(config: Config) -> AsyncIterator[tuple[KubernetesBinder, Wake
         lease = Lease(client, *config.lease.split("/", 1))
         binder = KubernetesBinder(client, ledger, lease, wrote=watched.pods.wrote)
         metrics.observe(lambda: figures(ledger, binder))
-        waker = Waker(ledger, binder, watched)
+        waker = Waker(ledger, binder, watched.pods.objects)
         server = ExtenderServer(ledger, binder, metrics, refused=waker.refused)
         await server.start(config.listen, certificates)
         stack.push_async_callback(server.stop)
@@ -137,48 +134,6 @@ class Watched:
     def _tell(self, key: ObjectKey) -> None:
         self._ledger.take(key, self._reflectors[key.kind].objects.get(key))
         self._changed.set()
-
-
-class Waker:
-    """Has the scheduler try pods again that were refused and have room now (`waiting` says why)."""
-
-    def __init__(self, ledger: Ledger, binder: KubernetesBinder, watched: Watched) -> None:
-        self._ledger, self._binder, self._watched = ledger, binder, watched
-        self._waiting = Waiting()
-
-    def refused(self, pod: PodId) -> None:
-        self._waiting.refused(pod, time.monotonic())
-
-    async def run(self) -> None:
-        """Never returns."""
-        for key, pod in self._watched.pods.objects.items():  # whom another replica refused
-            if not node_of(pod) and not ended(pod):
-                self.refused(PodId(key.namespace, key.name, uid_of(pod)))
-        while True:
-            await asyncio.sleep(EVERY_S)
-            if not self._binder.unready:
-                await self._wake()
-
-    async def _wake(self) -> None:
-        for pod in self._waiting.wake(time.monotonic(), self._fits):
-            log.info("room for a pod that waits", pod=f"{pod.namespace}/{pod.name}")
-            try:
-                await self._binder.wake(pod)
-            except MeshctlError as error:  # it is tried again, here or by the scheduler itself
-                log.warning("the scheduler is not told", pod=f"{pod.namespace}/{pod.name}", error=str(error))
-                return
-
-    def _fits(self, pod: PodId) -> bool | None:
-        """None: it waits no more, or asks for no GPU."""
-        seen = self._watched.pods.objects.get(ObjectKey("Pod", pod.namespace, pod.name))
-        if seen is None or uid_of(seen) != pod.uid or node_of(seen) or ended(seen):
-            return None
-        try:
-            if not self._ledger.asks(seen):
-                return None
-            return pod.uid not in self._ledger.reserved and self._ledger.decide(seen, None).placement is not None
-        except InputError:  # the scheduler is told, when it asks
-            return None
 
 
 def figures(ledger: Ledger, binder: KubernetesBinder) -> Figures:

@@ -29,7 +29,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from meshctl.errors import InputError
 from meshctl.extender import wire
 from meshctl.extender.metrics import Metrics
-from meshctl.extender.ports import Binder, BindError, Ledger
+from meshctl.extender.pods import identity
+from meshctl.extender.ports import Binder, BindError, Ledger, PodId
 from meshctl.httpserver import HttpServer, json_response
 from meshctl.tls import stranger
 
@@ -51,8 +52,18 @@ Asked = TypeVar("Asked", wire.Candidates, wire.Preemption)
 class ExtenderServer(HttpServer):
     """Serves from `start` to `stop`."""
 
-    def __init__(self, ledger: Ledger, binder: Binder, metrics: Metrics, *, body_bytes: int = BODY_BYTES) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        binder: Binder,
+        metrics: Metrics,
+        *,
+        refused: Callable[[PodId], object] = lambda _: None,
+        body_bytes: int = BODY_BYTES,
+    ) -> None:
+        """`refused` is told of each pod that fits nowhere."""
         self._ledger, self._binder, self._metrics, self._body_bytes = ledger, binder, metrics, body_bytes
+        self._refused = refused
         self._large: list[object] = []
         """What was parsed of large requests that were just answered."""
         super().__init__(
@@ -88,6 +99,7 @@ class ExtenderServer(HttpServer):
         answer = wire.filtered(asked, decision)
         if answer.outcome == "unplaced":
             self._metrics.refused({refusal.reason for refusal in decision.refused.values()})
+            self._refused(identity(asked.pod))
         return answer
 
     async def _prioritized(self, body: bytes | bytearray) -> wire.Answer:
