@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meshctl.core.packing.fleet import Fleet
-from meshctl.core.packing.vocabulary import Decision, Demand, Policy
+from meshctl.core.packing.vocabulary import Decision, Demand, Policy, Reason
 from meshctl.sim.openb import Pod, Trace
 
 Clock = Callable[[], float]
@@ -114,8 +114,14 @@ def churn(trace: Trace, policy: Policy, seed: int, load: float, clock: Clock) ->
 
 def main_reason(decision: Decision) -> str:
     """What most nodes refused the pod for; of equals, the first by name."""
-    reasons = Counter(refusal.reason.value for refusal in decision.refused.values())
-    return min(reasons, key=lambda reason: (-reasons[reason], reason), default="NoNodes")
+    refusals = decision.refused.values()
+    said = {
+        refusal.message: refusal.reason for refusal in refusals
+    }  # words: an enum's hash is Python, 1200 times a pod
+    counts = Counter[Reason]()
+    for words, count in Counter(refusal.message for refusal in refusals).items():
+        counts[said[words]] += count
+    return min(counts, key=lambda reason: (-counts[reason], reason), default="NoNodes")
 
 
 def _cluster(trace: Trace, policy: Policy, seed: int, clock: Clock) -> _Cluster:
