@@ -285,6 +285,16 @@ def test_containers_that_fit_only_one_way_are_placed_that_way() -> None:
     assert answer == Placement("n", {"a": {"n-0": 3}, "b": {"n-1": 4}, "c": {"n-0": 3}})
 
 
+def test_many_unequal_containers_that_do_not_fit_are_refused_at_once() -> None:
+    """17 of more than half a GPU each, on 16 GPUs with room enough in sum: trying out would take for ever."""
+    made = fleet(node("n", *(Device(f"g{i:02}", 100 - i) for i in range(16))))
+    asks = tuple(Ask(f"c{i:02}", 51 + i) for i in range(17))
+    answer = made.fit(Demand(asks=asks), "n")
+    assert isinstance(answer, Refusal)
+    assert answer.reason is Reason.TOO_SMALL
+    assert isinstance(made.fit(Demand(asks=asks[:16]), "n"), Placement)
+
+
 def test_a_container_may_ask_for_two_resources() -> None:
     """Each is of its own GPU."""
     made = fleet(node("n", Device("g", 10), Device("w", 1, resource="hpe.com/whole")))

@@ -5,7 +5,8 @@ container that has ended: it does so for the pod's next containers, in order, un
 then fresh ones. So an init container and those that follow, as far as its slots reach into, are one item.
 
 Nodes are judged as arrays where a formula does it: items that are all equal fit when the whole items that each GPU has
-room for add up. Unequal ones are searched for, GPU by GPU (`arrange`), where the formula for the largest allows it.
+room for add up. Of unequal ones that must hold for each size and the items that are no smaller; it rules out most of
+what does not fit, and the rest is tried out, GPU by GPU (`arrange`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from meshctl.core.packing.scoring import Bools, Ints, Item, Want, at_rows
 from meshctl.core.packing.state import NOBODY, State
 from meshctl.core.packing.vocabulary import Ask, Demand
 
-_MOST_STEPS = 20_000
-"""Of one search: 20 ms. Beyond, what was looked for counts as not there; 8 unequal containers on 16 GPUs stay below."""
+_MOST_STEPS = 1000
+"""Of one search, 3 ms: what takes longer counts as not fitting. Of 3000 drawn cases (2 to 10 unequal items that fill 70
+to 100 % of what is free on 2 to 16 GPUs) two took more steps, and did not fit; 99 % took less than 60."""
 
 Laid = tuple[tuple[tuple[int, int], ...], ...]
 """For each item (column, slots) of the GPUs that it is on; several only where all of them allow it."""
@@ -128,20 +130,19 @@ def admits(want: Want, state: State, rows: Ints) -> Bools:
 
 def holds(need: Need, room: Ints, several: Bools | None) -> Bools:
     """(R,) whether the items find place in `room` (R, D), together."""
-    size, count = need.sizes[0], len(need.sizes)
-    enough: Bools
+    if len(need.sizes) == 1 and several is None:
+        one: Bools = room.max(axis=1) >= need.sizes[0]
+        return one
     if several is None:
-        enough = room.max(axis=1, initial=0) >= size if count == 1 else (room // size).sum(axis=1) >= count
-        if need.equal:
-            return enough
         several = np.zeros(room.shape, np.bool_)
-    if need.equal:
-        pool = (room * several).sum(axis=1)
-        enough = (room * ~several // size).sum(axis=1) * size + pool >= count * size
-        return enough
-    enough = room.sum(axis=1) >= need.total
-    for row in np.flatnonzero(enough):
-        enough[row] = arrange(need.sizes, tuple(room[row].tolist()), tuple(several[row].tolist())) is not None
+    pool, alone = (room * several).sum(axis=1), room * ~several
+    enough: Bools = room.sum(axis=1) >= need.total
+    for size in set(need.sizes):
+        count = sum(other >= size for other in need.sizes)
+        enough &= (alone // size).sum(axis=1) * size + pool >= count * size
+    if not need.equal:
+        for row in np.flatnonzero(enough):
+            enough[row] = arrange(need.sizes, tuple(room[row].tolist()), tuple(several[row].tolist())) is not None
     return enough
 
 

@@ -86,15 +86,15 @@ class State(Table):
     )
 
     def __init__(self) -> None:
-        super().__init__(0, 0)
+        super().__init__(0, 1)
         self.nodes: dict[str, Node] = {}
         self.charges: dict[str, Charge] = {}
         self.row: dict[str, int] = {}
-        self.resource: Ints = np.zeros((0, 0), np.int64, "F")
+        self.resource: Ints = np.zeros((0, 1), np.int64, "F")
         """(N, D) code; -1: no GPU."""
-        self.several: Bools = np.zeros((0, 0), np.bool_, "F")
-        self.closed: Bools = np.zeros((0, 0), np.bool_, "F")
-        self.tenant: Ints = np.zeros((0, 0), np.int64, "F")
+        self.several: Bools = np.zeros((0, 1), np.bool_, "F")
+        self.closed: Bools = np.zeros((0, 1), np.bool_, "F")
+        self.tenant: Ints = np.zeros((0, 1), np.int64, "F")
         """(N, D) code of the namespace that has the isolated GPU, or NOBODY, SOMEBODY; NOBODY where not isolated."""
         self.kind: Ints = np.zeros(0, np.int64)
         """(N,) index of `kinds`."""
