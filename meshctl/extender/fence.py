@@ -9,8 +9,8 @@ writes show is in the mirror before anything is bound: nothing of the former lea
 The same write finds out what became of a binding whose answer was lost: it shows the pod as it then is, and what it
 does not show will not come. docs/decisions/0008-who-may-bind.md has the argument, and what was rejected.
 
-A condition, and not an annotation: the scheduler takes a change of metadata for a reason to try the pod again at once,
-and the right to patch pods/status is a small part of the right to patch pods.
+A condition, and not an annotation: the right to patch pods/status is a small part of the right to patch pods. Either is
+a reason for the scheduler to try the pod again at once, which does no harm here, and `waker` makes use of.
 """
 
 from __future__ import annotations
