@@ -51,7 +51,7 @@ class Ledger:
             self._books.take(key, value)
 
     def warm_up(self) -> None:
-        """Once everything was told: what takes seconds for 20,000 pods and 40,000 GPUs is done now, and not in the first
+        """Once everything was told: what takes seconds for 20,000 pods and 40,000 GPUs is done now, not in the first
         decision."""
         self._books.learn()
         self.fleet.stranded()
