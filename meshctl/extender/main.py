@@ -77,6 +77,7 @@ async def _running(config: Config) -> AsyncIterator[tuple[KubernetesBinder, Wake
         watched = Watched(client, ledger)
         stack.push_async_callback(watched.stop)
         await watched.start(START_S)
+        ledger.warm_up()
         lease = Lease(client, *config.lease.split("/", 1))
         binder = KubernetesBinder(client, ledger, lease, wrote=watched.pods.wrote)
         metrics.observe(lambda: figures(ledger, binder))
