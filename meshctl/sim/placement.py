@@ -121,7 +121,7 @@ def main_reason(decision: Decision) -> str:
     counts = Counter[Reason]()
     for words, count in Counter(refusal.message for refusal in refusals).items():
         counts[said[words]] += count
-    return min(counts, key=lambda reason: (-counts[reason], reason), default="NoNodes")
+    return min(counts, key=lambda reason: (-counts[reason], reason)).value if counts else "NoNodes"
 
 
 def _cluster(trace: Trace, policy: Policy, seed: int, clock: Clock) -> _Cluster:

@@ -1,8 +1,8 @@
 """Other policies, to compare with: those of the experiment in "Beware of Fragmentation" (USENIX ATC '23), and Spread.
 
 Each is what the experiment's simulator (hkust-adsl/kubernetes-scheduler-simulator) makes of it, its coarse scores too:
-whole numbers from 0 to 100, so that many nodes are equal and the first by name is taken. That is no detail: with finer
-scores FGD packs 4 points worse, because in a fixed order equal nodes are filled one after the other.
+whole numbers from 0 to 100, so that many nodes are equal and the first by name is taken. That is no detail: where the
+last digits of floats decide instead, FGD packs 4 points worse; in a fixed order equal nodes are filled one by one.
 
 Fragmentation gradient descent takes the place that adds least to a node's expected fragments: the free GPU that a pod
 drawn from the workload could not use there. It is all free GPU where the pod finds no place on the node, and otherwise

@@ -25,7 +25,7 @@ class Policy(StrEnum):
     FGD = "fgd"
     """Fragmentation gradient descent (USENIX ATC '23)."""
     BESTFIT = "bestfit"
-    """The least of CPU, memory and GPU left on the node."""
+    """The least of CPU and GPU left on the node."""
     PACKING = "packing"
     """Used GPUs before idle ones, used nodes before idle ones."""
     DOTPROD = "dotprod"
