@@ -159,27 +159,26 @@ class Scheduler:
 def bench_names(report: Report, extender: ExtenderProcess, scale: Scale) -> None:
     """A Filter by names, then a Bind, for each pending pod."""
     names = [node_name(number) for number in range(scale.size.nodes)]
-    scheduler, filters, binds, none, size = Scheduler(extender.ports[0]), [], [], 0, 0
+    scheduler, filters, binds, none = Scheduler(extender.ports[0]), [], [], 0
     used_s = -cpu_s(extender.pid)
     for number in range(scale.size.pending):
         pod = pending_pod(number)
         answer, took_ms = scheduler.ask("filter", orjson.dumps({"Pod": pod, "Nodes": None, "NodeNames": names}))
         found = orjson.loads(answer)
         filters.append(took_ms)
-        size = len(answer)
         if found["NodeNames"]:
             binds.append(scheduler.bind(pod, found["NodeNames"][0]))
         else:
             none += 1
     scheduler.close()
     used_s += cpu_s(extender.pid)
-    note = f"{scale}; nodeCacheCapable, answers of {size / 1e3:.0f} kB; another pod each time, bound before the next"
+    note = f"{scale}; nodeCacheCapable; another pod each time, bound before the next"
     limits = {0.5: at_most(P50_MS), 0.99: at_most(P99_MS)}
     report.add(*quantiles("Filter by names", filters[WARM_UP:], "ms", limits, note))
     report.add(*quantiles("Bind", binds[WARM_UP:], "ms", {0.99: None}, f"{scale}; the API server's part included"))
     of_both_ms = 1e3 * used_s / scale.size.pending
     report.add(
-        Figure("Filter and Bind, CPU of the extender", of_both_ms, "ms", note="what a busy machine leaves alone")
+        Figure("Filter and Bind, CPU of the extender", of_both_ms, "ms", note="less at the mercy of a busy machine")
     )
     report.add(Figure("pods that found no node", none, "pods", note=f"of {scale.size.pending}"))
     holds_by(lambda: extender.reservations() == 0, "every binding was seen")
