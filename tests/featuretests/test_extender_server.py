@@ -25,7 +25,7 @@ from meshctl.core.packing.vocabulary import Decision, Demand, Placement, Reason,
 from meshctl.errors import InputError
 from meshctl.extender.metrics import Figures, Metrics
 from meshctl.extender.ports import BindError, PodId, Reserved, Victims
-from meshctl.extender.server import ExtenderServer
+from meshctl.extender.server import BODY_BYTES, ExtenderServer
 from meshctl.ports import KubeObject, ObjectKey
 from meshctl.tls import Renewing, TlsFiles
 from tests.harness.tools import DEADLINE_S, until
@@ -116,10 +116,10 @@ class Site:
 
 
 @asynccontextmanager
-async def serving(**options: int) -> AsyncIterator[Site]:
+async def serving(body_bytes: int = BODY_BYTES) -> AsyncIterator[Site]:
     ledger, binder, metrics = Table(), Gate(), Metrics()
     binder.may.set()
-    server = ExtenderServer(ledger, binder, metrics, **options)
+    server = ExtenderServer(ledger, binder, metrics, body_bytes=body_bytes)
     await server.start(LOOPBACK)
     timeout = aiohttp.ClientTimeout(total=DEADLINE_S)
     try:
