@@ -108,7 +108,7 @@ def churn(trace: Trace, policy: Policy, seed: int, load: float, clock: Clock) ->
         if cluster.place(str(number), pod.demand):
             heapq.heappush(departures, (leaves[number], number))
             present += pod.gpu_milli * max(0.0, min(leaves[number], end) - max(arrivals[number], WARM_UP * LIFETIME))
-    share = present / (MEASURED * LIFETIME * trace.gpu_milli)
+    share = float(present / (MEASURED * LIFETIME * trace.gpu_milli))
     return cluster.outcome({round(FULL_PERCENT * load): share})
 
 
