@@ -9,9 +9,10 @@ first, then a bar goes on in the next line.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
+from types import MappingProxyType
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -32,11 +33,23 @@ _LETTERS = _LATIN + "ΓΔΘΛΞΠΣΦΨΩαβγδεζηθλμξπστφχψωБ�
 _COLOURS = ("cyan", "green", "yellow", "magenta", "bright_blue", "white", "bright_cyan", "bright_green",
             "bright_yellow", "bright_magenta", "bright_red", "bright_white")  # fmt: skip
 """Black is read on each; on plain blue and red it is not."""
+_LEAST_STRANDED = 0.05
+"""GPUs: less would be drawn as 0.0."""
 _NARROWEST_BAR = 20
 _NARROWEST_PRODUCT = 8
 _MARKS = {STARTING: "yellow", FREE: "dim", UNAVAILABLE: "red"}
 _FAILED = {"Healthy": "unhealthy", "Shared": "not shared as wanted", "WithinLimits": "over its limits"}
 """What a condition that is False says of the GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beyond:
+    """What GPU objects don't say."""
+
+    stranded: Mapping[str, float] = field(default_factory=dict)
+    """Node -> free GPUs that nobody can use for want of CPU."""
+    asked: Sequence[tuple[str, int]] = ()
+    """Resource and slots that each waiting container asks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +63,35 @@ class Totals:
     unavailable: int
     largest_free: int
     """Free slots of the GPU that has most: no container gets more (unless its policy allows several GPUs)."""
+    least_asked: int = 0
+    """Slots of the container that has or wants the fewest; 0: of none is known."""
+    in_pieces: int = 0
+    """Free slots of GPUs that have fewer free than that."""
 
     def __str__(self) -> str:
         said = f"{self.resource} {self.used} of {self.total} used, {self.free} free"
         if self.free > self.largest_free:
             said += f", but at most {self.largest_free} on one GPU"
+        if self.in_pieces:
+            said += f", {self.in_pieces} in pieces below {self.least_asked}"
         return said + (f", {self.unavailable} unavailable" if self.unavailable else "")
 
 
-def totals(gpus: Iterable[GPU]) -> list[Totals]:
-    """By resource, in order of its name. GPUs without slots count nowhere."""
+def least_asked(gpus: Iterable[GPU], asked: Iterable[tuple[str, int]] = ()) -> Mapping[str, int]:
+    """Resource -> slots of the container that has the fewest, or waits for them."""
+    least: dict[str, int] = {}
+    held = ((_resource(gpu), len(numbers)) for gpu in gpus for numbers in _held(gpu).values())
+    for resource, slots in chain(held, asked):
+        least[resource] = min(slots, least.get(resource, slots))
+    return least
+
+
+def totals(gpus: Iterable[GPU], least: Mapping[str, int] = MappingProxyType({})) -> list[Totals]:
+    """By resource, in order of its name; `least`: as `least_asked` says. GPUs without slots count nowhere."""
     by_resource: dict[str, list[GPUSlots]] = {}
     for gpu in gpus:
         if gpu.status and gpu.status.slots and gpu.status.slots.total:
-            by_resource.setdefault(gpu.status.resource_name or "slots", []).append(gpu.status.slots)
+            by_resource.setdefault(_resource(gpu), []).append(gpu.status.slots)
     return [
         Totals(
             resource,
@@ -72,6 +100,8 @@ def totals(gpus: Iterable[GPU]) -> list[Totals]:
             free=sum(slots.free for slots in found),
             unavailable=sum(slots.unavailable for slots in found),
             largest_free=max(slots.free for slots in found),
+            least_asked=least.get(resource, 0),
+            in_pieces=sum(slots.free for slots in found if slots.free < least.get(resource, 0)),
         )
         for resource, found in sorted(by_resource.items())
     ]
@@ -117,21 +147,28 @@ def short_names(uuids: Iterable[str]) -> Mapping[str, str]:
 class GpuMap:
     """Draws GPU objects as they were at `now`; rich asks for it with the width there is."""
 
-    def __init__(self, gpus: Iterable[GPU], now: datetime) -> None:
+    def __init__(self, gpus: Iterable[GPU], now: datetime, beyond: Beyond | None = None) -> None:
         self._gpus = sorted(gpus, key=lambda gpu: (gpu.spec.node, gpu.spec.uuid))
         self._now = now
+        self._stranded = beyond.stranded if beyond else {}
+        self._least = least_asked(self._gpus, beyond.asked if beyond else ())
         self._names = short_names(gpu.spec.uuid for gpu in self._gpus)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         widths = _Widths.of(self._gpus, self._names, options.max_width)
         nodes = [(node, list(gpus)) for node, gpus in groupby(self._gpus, key=lambda gpu: gpu.spec.node)]
         for node, gpus in nodes:
-            yield Text.assemble((f"{node}  ", "bold"), _said(gpus), overflow="fold")
+            yield Text.assemble((f"{node}  ", "bold"), self._said(gpus), overflow="fold")
             yield from self._node(gpus, widths, ascii_only=options.ascii_only)
             yield ""
         yield self._key(ascii_only=options.ascii_only)
         if len(nodes) > 1:
-            yield Text(f"{len(nodes)} nodes, {len(self._gpus)} GPUs: {_said(self._gpus)}", style="bold")
+            yield Text(f"{len(nodes)} nodes, {len(self._gpus)} GPUs: {self._said(self._gpus)}", style="bold")
+
+    def _said(self, gpus: Sequence[GPU]) -> str:
+        said = "; ".join(map(str, totals(gpus, self._least))) or "no slots"
+        stranded = sum(self._stranded.get(node, 0.0) for node in {gpu.spec.node for gpu in gpus})
+        return said + (f"; {stranded:.1f} GPUs stranded for want of CPU" if stranded >= _LEAST_STRANDED else "")
 
     def _node(self, gpus: Sequence[GPU], widths: _Widths, *, ascii_only: bool) -> RenderResult:
         of = letters(gpus)
@@ -218,8 +255,8 @@ def _held(gpu: GPU) -> Mapping[Owner, tuple[int, ...]]:
     return dict(sorted(((o, tuple(sorted(numbers))) for o, numbers in found.items()), key=lambda held: held[::-1]))
 
 
-def _said(gpus: Sequence[GPU]) -> str:
-    return "; ".join(map(str, totals(gpus))) or "no slots"
+def _resource(gpu: GPU) -> str:
+    return (gpu.status.resource_name if gpu.status else None) or "slots"
 
 
 def _summary(gpu: GPU) -> str:

@@ -1,4 +1,4 @@
-"""`meshctl gpu map` on a real API server, and on an agent's admin API."""
+"""`meshctl gpu map` and `plan` on a real API server, and `map` on an agent's admin API."""
 
 from __future__ import annotations
 

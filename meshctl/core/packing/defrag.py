@@ -131,11 +131,8 @@ class _Search:
 
     def __init__(self, fleet: Fleet, pods: Iterable[Settled]) -> None:
         self.pods = {pod.key: pod for pod in sorted(pods, key=lambda pod: pod.key) if pod.key in fleet.charges}
-        self.now = _copy(fleet)
+        self.now = learned(fleet, self.pods.values())
         self._tries = _MOST_TRIES
-        for pod in self.pods.values():
-            if pod.demand.asks:
-                self.now.observe(pod.demand)
 
     # --------------------------------------------------------------------------------------------- room for a demand
 
@@ -370,7 +367,8 @@ class _Search:
         self.now.put(node)
 
 
-def _copy(fleet: Fleet) -> Fleet:
+def learned(fleet: Fleet, pods: Iterable[Settled]) -> Fleet:
+    """A copy that has learned what the pods demand: of the default policy, whatever the fleet's own."""
     copy = Fleet()
     charged: dict[str, int] = {}
     for key in sorted(fleet.charges):
@@ -381,6 +379,9 @@ def _copy(fleet: Fleet) -> Fleet:
         copy.put(fleet.nodes[name])
         for device in fleet.nodes[name].devices:
             copy.hold(device.uuid, fleet.used_slots(device.uuid) - charged.get(device.uuid, 0))
+    for pod in sorted(pods, key=lambda pod: pod.key):
+        if pod.demand.asks:
+            copy.observe(pod.demand)
     return copy
 
 
