@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -19,6 +19,7 @@ from meshctl.core.packing.vocabulary import Ask, Demand
 from meshctl.errors import InputError
 
 _NOTES_SHOWN = 5
+_NO_NODES = "no node is open for it: they are cordoned, not ready, tainted, or not selected"
 _FIGURES: Mapping[str, str] = {
     "usable_slots": "slots that can be used so",
     "free_slots": "free slots",
@@ -60,7 +61,8 @@ class Proposal:
         elif wanted.slots is not None:
             ask = Ask("", wanted.slots, wanted.resource)
             demand = Demand(wanted.cpu_milli, wanted.memory_mib, (ask,))
-        self.plan: Plan = plan(site.fleet, site.pods, demand, nodes, wanted.max_moves)
+        found = plan(site.fleet, site.pods, demand, nodes, wanted.max_moves)
+        self.plan: Plan = found if nodes else replace(found, why=_NO_NODES)
         self.demand = demand
 
     @property

@@ -11,12 +11,16 @@ from typing import Any
 import orjson
 import pytest
 from aiohttp import web
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
+from meshctl.adapters.kubernetes.client import Client, connect
+from meshctl.adapters.kubernetes.kinds import KINDS
 from meshctl.cli.app import app
 from meshctl.errors import InputError, MeshctlError, RefusedError, UnavailableError
+from meshctl.extender.movable import SAFE_TO_EVICT
+from meshctl.ports import ObjectKey
 from tests.cluster.cluster import Cluster
-from tests.harness.gpus import gpu_object
+from tests.harness.gpus import NOW, gpu_object
 from tests.harness.tools import completed
 
 pytestmark = pytest.mark.cluster
@@ -48,13 +52,23 @@ def written(cluster: Cluster) -> Iterator[Cluster]:
     cluster.kubectl_now("delete", "gpu", *(data["metadata"]["name"] for data in OBJECTS))
 
 
-def run(*arguments: object) -> str:
-    """What `meshctl gpu map` prints. Raises what it raises."""
-    result = CliRunner().invoke(app, ["gpu", "map", *map(str, arguments)])
+def ran(command: str, *arguments: object) -> Result:
+    """`meshctl gpu COMMAND`, without error. Raises what it raises."""
+    result = CliRunner().invoke(app, ["gpu", command, *map(str, arguments)])
     if isinstance(result.exception, MeshctlError):
         raise result.exception
     assert result.exit_code == 0, result.output
-    return result.stdout
+    return result
+
+
+def run(*arguments: object) -> str:
+    """What `meshctl gpu map` prints."""
+    return ran("map", *arguments).stdout
+
+
+def proposed(*arguments: object) -> str:
+    """What `meshctl gpu plan` prints."""
+    return ran("plan", *arguments).stdout
 
 
 def test_map_shows_what_the_api_server_has(written: Cluster) -> None:
@@ -85,6 +99,74 @@ async def test_who_may_not_see_gpus_is_told_so(written: Cluster) -> None:
     kubeconfig = await written.kubeconfig_for(f"{namespace}/default")
     with pytest.raises(RefusedError, match=r"403 Forbidden: .* cannot list resource \"gpus\""):
         await completed(run, "--kubeconfig", kubeconfig)
+
+
+async def test_who_sees_gpus_but_no_pods_gets_the_map_without_stranded_ones(written: Cluster) -> None:
+    """And is told what is missing; a plan is refused to him."""
+    namespace = await written.namespace("map")
+    account = f"--serviceaccount={namespace}:default"
+    await written.kubectl("create", "clusterrole", namespace, "--verb=list", "--resource=gpus.meshctl.io")
+    await written.kubectl("create", "clusterrolebinding", namespace, f"--clusterrole={namespace}", account)
+    options = ("--kubeconfig", await written.kubeconfig_for(f"{namespace}/default"), "--node", NODE)
+    shown = await completed(ran, "map", *options)
+    assert "hpe.com/gpus 4 of 8 used" in shown.stdout
+    assert "stranded GPUs are not shown: list nodes: 403 Forbidden: nodes is forbidden" in shown.stderr
+    with pytest.raises(RefusedError, match=r"403 Forbidden: .* cannot list resource \"nodes\""):
+        await completed(proposed, *options)
+    await written.kubectl("delete", "clusterrolebinding,clusterrole", namespace)
+
+
+async def test_plan_reads_the_cluster_and_changes_nothing(cluster: Cluster) -> None:
+    """Two GPUs half free, and a pod that waits for more: of those who run there the one moves that may."""
+    namespace = await cluster.namespace("plan")
+    uuids = [f"GPU-{namespace}-{letter}" for letter in "ab"]
+    async with connect(cluster.kubeconfig) as client:
+        await _half_free(client, namespace, uuids)
+        before = await cluster.get("pods", f"--namespace={namespace}")
+        options = ("--kubeconfig", cluster.kubeconfig, "--node", namespace)
+        data = orjson.loads(await completed(proposed, *options, f"--pod={namespace}/large", "--output=json"))
+        (move,) = data["moves"]
+        assert (move["pod"], move["from"]["gpus"], move["to"]["gpus"]) == ("p0", {uuids[0]: 2}, {uuids[1]: 2})
+        assert data["fits"] == {"node": namespace, "gpus": {uuids[0]: 3}}
+        text = await completed(proposed, *options, "--for=3", "--cpu=1")
+        assert "1 move proposed, nothing was changed" in text
+        assert f"kubectl delete pod --namespace={namespace} p0" in text
+        shown = await completed(run, "--kubeconfig", cluster.kubeconfig, "--node", namespace)
+        assert "4 of 8 used, 4 free, but at most 2 on one GPU" in shown
+        assert "; 0.5 GPUs stranded for want of CPU" in shown
+        assert await cluster.get("pods", f"--namespace={namespace}") == before
+        for kind, names in (("Node", [namespace]), ("GPU", [uuid.lower() for uuid in uuids])):
+            for name in names:
+                await client.delete(ObjectKey(kind, "", name))
+
+
+async def _half_free(client: Client, namespace: str, uuids: list[str]) -> None:
+    """A node named like the namespace, where `p0` and `p1` run with 2 slots of 4; `large` waits for 3."""
+    allocatable = {"cpu": "6", "memory": "8Gi", "pods": "10"}
+    node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": namespace, "labels": {"only": namespace}}}
+    await client.create(node | {"status": {"allocatable": allocatable, "capacity": allocatable}})
+    await client.merge_patch(ObjectKey("Node", "", namespace), {"spec": {"taints": None}})  # it counts as not ready
+    owner = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "owner", "namespace": namespace}}
+    uid = (await client.create(owner))["metadata"]["uid"]
+    owned = [{"apiVersion": "v1", "kind": "ConfigMap", "name": "owner", "uid": uid, "controller": True}]
+    for number, uuid in enumerate(uuids):
+        gpu = gpu_object(namespace, uuid, 4, [(namespace, f"p{number}", "server", [0, 1])])
+        await client.create(gpu)
+        await client.merge_patch(KINDS["GPU"].key(gpu), {"status": gpu["status"]}, subresource="status")
+        running = _pod(f"p{number}", namespace, 2, owned) | {"status": {"phase": "Running", "startTime": NOW}}
+        running["spec"]["nodeName"] = namespace
+        running["metadata"]["annotations"] = {SAFE_TO_EVICT: str(number == 0).lower()}
+        await client.create(running)
+        await client.merge_patch(KINDS["Pod"].key(running), {"status": running["status"]}, subresource="status")
+    await client.create(_pod("large", namespace, 3, owned))
+
+
+def _pod(name: str, namespace: str, slots: int, owned: list[dict[str, Any]]) -> dict[str, Any]:
+    resources = {"limits": {"hpe.com/gpus": str(slots)}, "requests": {"cpu": "2"}}
+    server = {"name": "server", "image": "i", "resources": resources}
+    spec = {"schedulerName": "nobody", "containers": [server], "nodeSelector": {"only": namespace}}
+    metadata = {"name": name, "namespace": namespace, "ownerReferences": owned}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 
 
 @pytest.fixture

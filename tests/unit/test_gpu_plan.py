@@ -117,6 +117,7 @@ def test_a_pod_that_waits_is_a_goal() -> None:
     found = Proposal(site(*PODS, waits), wanted(None, pod="team-a/large"))
     assert found.demand is not None
     assert found.demand.cpu_milli == 4000
+    assert found.plan.why == "no node is open for it: they are cordoned, not ready, tainted, or not selected"
     assert not found.plan.moves
     assert Proposal(site(*PODS, pod("large", slots=8)), wanted(None, pod="team-a/large")).plan.moves
     with pytest.raises(InputError, match="no pod team-a/other waits for slots; those that do: team-a/large"):
