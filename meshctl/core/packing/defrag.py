@@ -39,6 +39,8 @@ _MOST_SINGLES = 10
 """Pods of one node that are tried for its CPU, those with most of it first."""
 _LEAST_GAIN = 0.1
 """GPUs per move: for less no pod is restarted."""
+_GOOD_GAIN = 1.0
+"""GPUs per move: nothing gains much more, so no other group is tried."""
 _EXACT = 1e-9
 """Below this a difference of GPUs is one of arithmetic."""
 _KEPT = "kept free for what is to come"
@@ -257,7 +259,7 @@ class _Search:
     # ---------------------------------------------------------------------------------------------------- more of all
 
     def improve(self, nodes: Collection[str] | None, most: int) -> list[Move]:
-        """The group of moves with the most gained per move, again and again."""
+        """The group of moves with the most gained per move of those that are tried, again and again."""
         made: list[Move] = []
         while len(made) < most:
             moved = frozenset(move.key for move in made)
@@ -281,6 +283,8 @@ class _Search:
             self._undo(found)
             if gain > best_gain + _EXACT:
                 best, best_gain = found, gain
+            if best_gain >= _GOOD_GAIN - _EXACT:
+                break
         return best
 
     def _groups(
