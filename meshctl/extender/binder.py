@@ -51,6 +51,10 @@ class Limits:
     poll_s: float = 0.05
     again_s: float = 0.5
     """Between two tries to find out what became of a binding, or to take over."""
+    writes: int = 8
+    """Bindings written at once, from which on the next pod's place is not looked for yet."""
+    pace_s: float = 1.0
+    """The longest that this holds up a Filter: the scheduler is told of an API server that does not answer."""
     stop_s: float = 8.0
     """For what is under way when the process is to end; one that is killed after 30 s has time for more."""
 
@@ -97,6 +101,9 @@ class KubernetesBinder:
         self._stopping = False
         self._under_way: dict[str, asyncio.Task[None]] = {}
         """By the pod's UID."""
+        self._writing = 0
+        """Bindings that are being written, or of which it is being found out what became of them."""
+        self._fewer = asyncio.Event()
         self._counts: Counter[Outcome] = Counter(dict.fromkeys(Outcome, 0))
         self.counts: Mapping[Outcome, int] = MappingProxyType(self._counts)
         """Live."""
@@ -172,6 +179,15 @@ class KubernetesBinder:
             )
         task.result()
 
+    async def pace(self) -> None:
+        try:
+            async with asyncio.timeout(self._limits.pace_s):
+                while self._writing >= self._limits.writes:
+                    self._fewer.clear()
+                    await self._fewer.wait()
+        except TimeoutError:
+            return
+
     async def wake(self, pod: PodId) -> None:
         """The scheduler tries the pod again, at once: a write to its status is something that it watches. Raises
         RefusedError or UnavailableError when that can't be written."""
@@ -212,11 +228,15 @@ class KubernetesBinder:
             raise BindError(f"{_name(pod)} is on node {there} already, not on {node}")
         await self._tenants(pod, node)
         reserved = self._ledger.reserve(pod, node)
+        self._writing += 1
         try:
             await self._write(reserved)
         except MeshctlError:
             self._ledger.release(pod.uid)
             raise
+        finally:
+            self._writing -= 1
+            self._fewer.set()
 
     async def _tenants(self, pod: PodId, node: str) -> None:
         """Returns when the pod may be before the kubelet; nothing happens between that and its reservation."""

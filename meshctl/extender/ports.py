@@ -83,6 +83,9 @@ class Binder(Protocol):
     async def bind(self, pod: PodId, node: str) -> None:
         """The pod is bound, with its GPUs as annotation, in one write. Raises BindError when it is not."""
 
+    async def pace(self) -> None:
+        """Returns when few enough bindings are being written that another may follow, or after a while."""
+
     @property
     def unready(self) -> str:
         """Why nothing may be bound here now (the Lease is another replica's); "" when it may."""

@@ -94,6 +94,7 @@ class ExtenderServer(HttpServer):
         return await self._answered("preempt", request, self._preempted)
 
     async def _filtered(self, body: bytes | bytearray) -> wire.Answer:
+        await self._binder.pace()
         asked = self._parsed(body, wire.read_candidates)
         decision = self._ledger.decide(asked.pod, asked.names)
         answer = wire.filtered(asked, decision)

@@ -45,7 +45,15 @@ def _pod(raw: Raw) -> Raw:
 
 def _pod_status(status: Mapping[str, Any]) -> Raw:
     kept = pick(status, "phase", "nominatedNodeName")
+    if refused := [pick(one, "type", "status", "reason") for one in status.get("conditions") or () if is_refusal(one)]:
+        kept["conditions"] = refused
     return kept | {"startTime": status["startTime"]} if status.get("startTime") else kept
+
+
+def is_refusal(condition: Mapping[str, Any]) -> bool:
+    """Whether a pod's condition says that the scheduler found no node for it. Other reasons are a gate, or an error,
+    after which it is tried again soon."""
+    return condition.get("type") == "PodScheduled" and condition.get("reason") == "Unschedulable"
 
 
 def _spec(spec: Mapping[str, Any]) -> Raw:

@@ -14,6 +14,7 @@ from meshctl.extender.books import uid_of
 from meshctl.extender.ledger import Ledger
 from meshctl.extender.pods import ended, node_of
 from meshctl.extender.ports import PodId
+from meshctl.extender.views import is_refusal
 from meshctl.extender.waiting import EVERY_S, Waiting
 from meshctl.ports import KubeObject, ObjectKey
 
@@ -34,7 +35,7 @@ class Waker:
     async def run(self) -> None:
         """Never returns."""
         for key, pod in self._pods.items():  # another replica may have refused it
-            if not node_of(pod) and not ended(pod):
+            if _refused(pod) and not node_of(pod) and not ended(pod):
                 self.refused(PodId(key.namespace, key.name, uid_of(pod)))
         while True:
             await asyncio.sleep(EVERY_S)
@@ -61,3 +62,8 @@ class Waker:
             return self._ledger.decide(seen, None).placement is not None if self._ledger.asks(seen) else None
         except InputError:  # the scheduler is told so whenever it asks
             return None
+
+
+def _refused(pod: KubeObject) -> bool:
+    """The scheduler has tried it. Of thousands that it has not come to yet, none needs to be woken."""
+    return any(map(is_refusal, (pod.get("status") or {}).get("conditions") or ()))

@@ -190,7 +190,8 @@ class Scheduler(ToolProcess):
             "kind": "KubeSchedulerConfiguration",
             "leaderElection": {"leaderElect": False},
             **(config or {}),
-            "clientConnection": {"kubeconfig": str(kubeconfig)},  # with --config, --kubeconfig is ignored
+            # With --config, --kubeconfig is ignored.
+            "clientConnection": {**(config or {}).get("clientConnection", {}), "kubeconfig": str(kubeconfig)},
         }
 
     def ready(self) -> bool:

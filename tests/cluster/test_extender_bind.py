@@ -242,6 +242,26 @@ async def test_a_place_is_kept_until_it_is_certain_what_became_of_it(stand: Stan
         assert one.ledger.fleet.free(stand.gpu) == 1 - len(bound)
 
 
+async def test_while_many_bindings_are_being_written_the_next_pod_waits(stand: Stand, proxy: ApiProxy) -> None:
+    """Until one of them is done: a scheduler that looks for places faster than bindings are written would have hundreds
+    under way, and their deadlines would pass. It waits no longer than is told."""
+    await stand.with_gpu(slots=2)
+    limits = Limits(bind_s=DEADLINE_S, write_s=DEADLINE_S, writes=2, pace_s=DEADLINE_S)
+    pods = await stand.pods(2)
+    async with replica(proxy.kubeconfig, stand, limits=limits) as one:
+        await one.knows(*pods)
+        proxy.gates[BINDING] = asyncio.Event()
+        await one.binder.pace()
+        bindings = [asyncio.create_task(one.binder.bind(pod, stand.node)) for pod in pods]
+        await until(lambda: told(len(one.ledger.reserved) == 2), "both have a place")
+        paced = asyncio.create_task(one.binder.pace())
+        assert proxy.answered.count((BINDING, 201)) == 0
+        assert not paced.done()
+        proxy.gates.pop(BINDING).set()
+        await asyncio.gather(paced, *bindings)
+        await one.settled()
+
+
 async def test_pods_of_two_tenants_come_before_the_kubelet_one_after_the_other(cluster: Cluster, stand: Stand) -> None:
     """An Allocate does not say whose it is. The scheduler is told whom the pod waits for; nothing is reserved."""
     await stand.with_gpu(slots=2, isolation="Tenant")

@@ -81,6 +81,11 @@ class Gate:
     bound: list[tuple[PodId, str]] = field(default_factory=list)
     began: asyncio.Event = field(default_factory=asyncio.Event)
     may: asyncio.Event = field(default_factory=asyncio.Event)
+    room: asyncio.Event = field(default_factory=asyncio.Event)
+    """For another binding."""
+
+    def __post_init__(self) -> None:
+        self.room.set()
 
     async def bind(self, pod: PodId, node: str) -> None:
         self.began.set()
@@ -88,6 +93,9 @@ class Gate:
         if node == "full":
             raise BindError("no GPU of full has 3 free any more; the scheduler tries again")
         self.bound.append((pod, node))
+
+    async def pace(self) -> None:
+        await self.room.wait()
 
 
 @dataclass
@@ -142,6 +150,18 @@ async def test_each_verb_is_answered() -> None:
         expected = {"a": {"Pods": [{"UID": "v"}, {"UID": "one-more"}], "NumPDBViolations": 0}}
         assert await site.post("preempt", asked) == {"NodeNameToMetaVictims": expected}
         assert site.ledger.asked == [["a", "b"], ["a", "b"]]
+
+
+async def test_the_next_pod_waits_while_too_many_bindings_are_being_written() -> None:
+    """The scheduler asks for the next place at once; nothing else slows it to what the API server can write."""
+    async with serving() as site:
+        site.binder.room.clear()
+        asked = asyncio.create_task(site.post("filter", ASKED))
+        assert await site.post("bind", BIND) == {"Error": ""}
+        assert not asked.done()
+        assert site.ledger.asked == []
+        site.binder.room.set()
+        assert (await asked)["NodeNames"] == ["b"]
 
 
 async def test_a_binding_that_fails_says_why() -> None:

@@ -36,6 +36,17 @@ def test_a_pod_on_a_node_changes_only_by_what_it_holds() -> None:
     assert kept("Pod", {**raw, "status": {"phase": "Failed"}}) != before
 
 
+@pytest.mark.parametrize(("reason", "there"), [("Unschedulable", True), ("SchedulingGated", False)])
+def test_of_conditions_it_is_kept_that_the_scheduler_found_no_node(reason: str, there: bool) -> None:
+    """Who is to be woken when there is room is known after a restart, too. On a node, it is no news any more."""
+    raw = pod()
+    raw["status"]["conditions"] = [condition("Ready", "False", "", ""), condition("PodScheduled", "False", reason, "")]
+    refused = {"type": "PodScheduled", "status": "False", "reason": reason}
+    assert kept("Pod", raw)["status"].get("conditions", []) == ([refused] if there else [])
+    raw["status"]["conditions"] = [condition("PodScheduled", "True", "", "")]
+    assert "conditions" not in kept("Pod", raw)["status"]
+
+
 def test_a_pod_on_no_node_changes_with_every_version() -> None:
     """Its binding names the newest."""
     raw = pod()
