@@ -117,6 +117,26 @@ def test_a_whole_gpu_is_taken_beside_others_so_that_nodes_stay_whole() -> None:
     assert _chosen(fleet, eight) == "a"
 
 
+def test_the_last_places_for_pods_of_eight_are_not_broken() -> None:
+    """CPU is lost rather than the only node of eight untouched GPUs, when pods of eight come; else CPU is kept."""
+    eight = Demand(64_000, 1, tuple(Ask(f"c{index}", 100) for index in range(8)))
+    heavy, usual = _share(100, 14_000), _share(100, 10_000)
+    used = {"b-0": 100, "b-1": 100}
+    nodes = _node("a", 8, 120_000), _node("b", 8, 60_000)
+    assert _chosen(_learned(_fleet(*nodes, used=used), usual), heavy) == "a-0"
+    assert _chosen(_learned(_fleet(*nodes, used=used), usual, eight), heavy) == "b-2"
+
+
+def test_places_that_are_many_may_be_broken() -> None:
+    """With nodes enough for the pods of eight that will come, nothing is kept for them."""
+    eight = Demand(64_000, 1, tuple(Ask(f"c{index}", 100) for index in range(8)))
+    heavy, usual = _share(100, 14_000), _share(100, 10_000)
+    nodes = [_node("b", 8, 60_000), *(_node(f"a{index:02}", 8, 120_000) for index in range(40))]
+    fleet = _fleet(*nodes, used={"b-0": 100, "b-1": 100})
+    _learned(fleet, eight, times=1)
+    assert _chosen(_learned(fleet, usual, times=255), heavy) == "a00-0"
+
+
 def test_costs_are_asked_for_again_now_and_then_only() -> None:
     """What was learned comes into use at the first arrivals, each time twice as many, then every 256."""
     policy = Stranding()

@@ -42,7 +42,7 @@ def prices(free: Floats, arrived: Floats) -> Floats:
 
     free (LEVELS + 1,): GPUs that are free to each level. arrived (LEVELS + 1,): items of each size, in any proportion,
     at size 0 none. All finite, not negative. Nothing arrived or nothing is free: zeros, for nothing is known.
-    0.5 ms for 10 levels that differ, 5 ms for all.
+    3 ms for ten sizes, 5 for the twenty of the openb traces, 15 for a hundred.
     """
     levels = np.arange(LEVELS + 1)
     sizes = np.flatnonzero(arrived)
