@@ -22,7 +22,7 @@ from meshctl.core.packing.vocabulary import Charge, Demand, Node
 from meshctl.errors import InputError
 from meshctl.extender.claims import Whose, charge_of, held_by, unknown_slots
 from meshctl.extender.gpus import Card, Holding, card_of
-from meshctl.extender.pods import admitted, ended, needs_of, node_of, quantity
+from meshctl.extender.pods import MOST, admitted, deleted, ended, needs_of, node_of, nominated_node, quantity
 from meshctl.extender.ports import Reserved
 from meshctl.ports import KubeObject, ObjectKey
 from meshctl.sharing import RESOURCE
@@ -45,8 +45,10 @@ class Books:
         """Pods on no node yet, for which the scheduler has evicted others from one."""
         self.resources = Counter((RESOURCE,))
         """Resource -> how many GPUs are shared as it, and one more for that which always counts."""
-        self._arrived: list[ObjectKey] = []
-        """Pods that are new since the last decision."""
+        self._arrived: dict[ObjectKey, None] = {}
+        """Pods that are new since the last decision, and still there: a replica that does not lead decides nothing."""
+        self._largest: tuple[int, ...] = (0, 0, 0)
+        """The most millicores, MiB and slots that a node ever had."""
         self._capacity: dict[str, tuple[int, int]] = {}
         """Node -> allocatable millicores and MiB."""
         self._cards: dict[str, Card] = {}
@@ -81,22 +83,30 @@ class Books:
             self.keys.pop(before, None)
             cards = self._end(before)
         self.nominated.discard(key)
-        if value is not None:
+        if value is None:
+            self._arrived.pop(key, None)
+        else:
             self.pods[key] = value
             self.keys[after] = key
-            if not node_of(value) and not ended(value) and (value.get("status") or {}).get("nominatedNodeName"):
+            if _waits(value) and nominated_node(value):
                 self.nominated.add(key)
             if before != after:
-                self._arrived.append(key)
+                self._arrived[key] = None
         self._settle(pods={key}, cards=cards)
 
     def learn(self) -> None:
         """The policy learns from what arrived since the last decision; not before one, since the fleet would lay itself
         out anew for each of 20,000 pods while the first nodes are told of."""
         for key in self._arrived:
-            if (pod := self.pods.get(key)) is not None and (needs := self.needs(pod)).asks:
+            needs = self.needs(self.pods[key])
+            if needs.asks and self._ever_fits(needs):
                 self.fleet.observe(needs)
         self._arrived.clear()
+
+    def _ever_fits(self, needs: Demand) -> bool:
+        """A node may hold it: one pod that asks for 10^18 GPUs would be all that the policy knows of."""
+        wanted = (needs.cpu_milli, needs.memory_mib, sum(ask.slots for ask in needs.asks))
+        return all(want <= most for want, most in zip(wanted, self._largest, strict=True))
 
     def _take_node(self, name: str, value: KubeObject | None) -> None:
         if value is None:
@@ -104,7 +114,7 @@ class Books:
         else:
             allocatable = (value.get("status") or {}).get("allocatable") or {}
             cpu, memory = (quantity(allocatable.get(what, 0), f"node {name}") for what in ("cpu", "memory"))
-            self._capacity[name] = int(cpu * 1000), int(memory / _MIB)
+            self._capacity[name] = min(int(cpu * 1000), MOST), min(int(memory / _MIB), MOST)
         self._settle(nodes={name})
 
     def _take_gpu(self, name: str, now: Card | None) -> None:
@@ -160,7 +170,10 @@ class Books:
         if name in self._capacity:
             cards = (self._cards[card] for card in sorted(self._on.get(name, ())))
             devices = tuple(card.device for card in cards if card.device is not None)
-            self.fleet.put(Node(name, *self._capacity[name], devices))
+            cpu_milli, memory_mib = self._capacity[name]
+            self.fleet.put(Node(name, cpu_milli, memory_mib, devices))
+            mine = (cpu_milli, memory_mib, sum(device.slots for device in devices))
+            self._largest = tuple(map(max, self._largest, mine))
         else:
             self.fleet.drop(name)
 
@@ -266,6 +279,11 @@ class Books:
 
 def uid_of(pod: KubeObject | None) -> str:
     return "" if pod is None else str(pod["metadata"]["uid"])
+
+
+def _waits(pod: KubeObject) -> bool:
+    """It may come to have a node."""
+    return not (node_of(pod) or ended(pod) or deleted(pod))
 
 
 def _named(card: Card | None) -> frozenset[ObjectKey]:

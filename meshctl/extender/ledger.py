@@ -14,11 +14,22 @@ from typing import Any
 
 from meshctl.core.packing.fleet import Fleet
 from meshctl.core.packing.preempt import Evictable, victims
-from meshctl.core.packing.vocabulary import Ask, Decision, Demand, Placement, Policy, Refusal
+from meshctl.core.packing.vocabulary import Ask, Charge, Decision, Demand, Placement, Policy, Refusal
 from meshctl.errors import InputError
 from meshctl.extender import models
 from meshctl.extender.books import Books, uid_of
-from meshctl.extender.pods import admitted, demand_of, ended, identity, labels_of, needs_of, node_of, priority_of
+from meshctl.extender.pods import (
+    admitted,
+    deleted,
+    demand_of,
+    ended,
+    identity,
+    labels_of,
+    needs_of,
+    node_of,
+    nominated_node,
+    priority_of,
+)
 from meshctl.extender.ports import BindError, PodId, Reserved, Victims
 from meshctl.ports import KubeObject, ObjectKey
 
@@ -80,25 +91,46 @@ class Ledger:
     @contextmanager
     def _kept_free(self, uid: str, priority: int) -> Iterator[None]:
         """Meanwhile pods that the scheduler has evicted others for have their place, as far as it is free already: what
-        is no more important must not take it (the scheduler itself sees to this for a node's sums)."""
+        is no more important must not take it (the scheduler itself sees to this for a node's sums). Of two that are
+        equally important the first by name has it, or each would wait for the other."""
         pods = [self._books.pods[key] for key in sorted(self._books.nominated)]
         keys = []
-        for pod in sorted(pods, key=priority_of, reverse=True):
-            other = uid_of(pod)
-            if other == uid or other in self._books.reserved or priority_of(pod) < priority:
-                continue
-            demand = self._readable(pod)
-            if demand is None:
-                continue
-            placement = self._books.fleet.fit(demand, pod["status"]["nominatedNodeName"])
-            if isinstance(placement, Placement):
-                keys.append(f"nominated {other}")
-                self._books.fleet.charge(keys[-1], placement.charge(demand))
         try:
+            for pod in sorted(pods, key=priority_of, reverse=True):
+                other = uid_of(pod)
+                if other == uid or priority_of(pod) < priority:
+                    break
+                if other not in self._books.reserved and (charge := self._awaited(pod)) is not None:
+                    keys.append(f"nominated {other}")
+                    self._books.fleet.charge(keys[-1], charge)
             yield
         finally:
             for key in keys:
                 self._books.fleet.release(key)
+
+    def _awaited(self, pod: KubeObject) -> Charge | None:
+        """What a pod that was nominated to a node is to have of it, now or when those have ended that are about to;
+        None: nothing there would do."""
+        demand, node, fleet = self._readable(pod), nominated_node(pod), self._books.fleet
+        if demand is None:
+            return None
+        found = fleet.fit(demand, node)
+        if not isinstance(found, Placement) and (ending := {uid: fleet.charges[uid] for uid in self._ending(node)}):
+            try:
+                for uid in ending:
+                    fleet.release(uid)
+                found = fleet.fit(demand, node)
+            finally:
+                for uid, charge in ending.items():
+                    fleet.charge(uid, charge)
+        return found.charge(demand) if isinstance(found, Placement) else None
+
+    def _ending(self, node: str) -> list[str]:
+        """UIDs of the pods there that were deleted, and have not ended yet."""
+        books = self._books
+        return [
+            uid for uid in sorted(books.seen_on(node)) if uid in books.keys and deleted(books.pods[books.keys[uid]])
+        ]
 
     def reserve(self, pod: PodId, node: str) -> Reserved:
         seen, where = self._books.pods.get(_key(pod)), f"pod {pod.namespace}/{pod.name}"
@@ -123,7 +155,7 @@ class Ledger:
             return "not seen yet, or gone; it is scheduled again if it is there"
         if uid_of(seen) != pod.uid:
             return f"the pod of this name has UID {uid_of(seen)} now, not {pod.uid}"
-        if "deletionTimestamp" in seen["metadata"]:
+        if deleted(seen):
             return "it is being deleted"
         if ended(seen):
             return f"it has ended: {seen['status']['phase']}"
@@ -177,12 +209,19 @@ class Ledger:
         if not demand.asks:
             return chosen
         found = {}
-        for node in sorted(chosen):
-            pods = [self._evictable(uid) for uid in sorted(self._books.seen_on(node))]
-            uids = victims(self._books.fleet, demand, node, priority, chosen[node].uids, pods)
-            if uids is not None:
-                found[node] = Victims(uids, chosen[node].pdb_violations)
+        there = {node: [self._evictable(uid) for uid in sorted(self._books.seen_on(node))] for node in sorted(chosen)}
+        with self._kept_free(identity(pod).uid, priority):  # nor are two pods to have the place that one eviction makes
+            for node, pods in there.items():
+                uids = victims(self._books.fleet, demand, node, priority, chosen[node].uids, pods)
+                if uids is not None:
+                    found[node] = Victims(uids, chosen[node].pdb_violations)
         return found
+
+    def awaited(self, pod: Mapping[str, Any]) -> str:
+        """The node that the pod is nominated to, while pods there are ending that are less important; "" otherwise."""
+        node, priority = nominated_node(pod), priority_of(pod)
+        pods = (self._books.pods[self._books.keys[uid]] for uid in self._ending(node))
+        return node if any(priority_of(one) < priority for one in pods) else ""
 
     def _evictable(self, uid: str) -> Evictable:
         pod = self._books.pods[self._books.keys[uid]]

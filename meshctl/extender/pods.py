@@ -34,6 +34,9 @@ TERMINAL = ("Succeeded", "Failed")
 _MIB = 1 << 20
 _MOST = 1 << 63
 """Kubernetes' quantities are less."""
+MOST = 1 << 40
+"""Millicores, or MiB: more than any node has. What asks for more, as Kubernetes allows, asks for this much: sums of a
+million of them are exact as 64-bit integers, which the fleet counts in."""
 _NO_UNFIT: Mapping[str, str] = MappingProxyType({})
 
 Plan = Mapping[str, Mapping[str, int]]
@@ -56,11 +59,11 @@ class Requests(NamedTuple):
 
     @property
     def cpu_milli(self) -> int:
-        return math.ceil(self.cpu * 1000)
+        return min(math.ceil(self.cpu * 1000), MOST)
 
     @property
     def memory_mib(self) -> int:
-        return math.ceil(self.memory / _MIB)
+        return min(math.ceil(self.memory / _MIB), MOST)
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -212,6 +215,16 @@ def _quantity(text: object) -> Decimal | None:
 def node_of(pod: KubeObject) -> str:
     """The node that it is bound to; "" for none."""
     return str((pod.get("spec") or {}).get("nodeName") or "")
+
+
+def nominated_node(pod: Mapping[str, Any]) -> str:
+    """The node that the scheduler has evicted others from for it, or would like it to have; "" for none."""
+    return str((pod.get("status") or {}).get("nominatedNodeName") or "")
+
+
+def deleted(pod: KubeObject) -> bool:
+    """Somebody has deleted it; it is there until its containers have ended, and its finalizers are gone."""
+    return "deletionTimestamp" in pod["metadata"]
 
 
 def ended(pod: KubeObject) -> bool:

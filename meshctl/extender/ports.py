@@ -76,6 +76,9 @@ class Ledger(Protocol):
         """Of the nodes on which the scheduler would evict `victims`: those where the pod then really fits on physical
         GPUs, each with the victims that this takes (more of lower priority than the pod, where needed)."""
 
+    def awaited(self, pod: Mapping[str, Any]) -> str:
+        """The node that the pod is nominated to, while less important pods there are ending; "" otherwise."""
+
 
 class Binder(Protocol):
     """Writes bindings."""

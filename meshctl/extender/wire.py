@@ -8,8 +8,9 @@ with an answer (pkg/scheduler/extender.go, schedule_one.go, framework/preemption
 - With nodeCacheCapable NodeNames come and go; without, whole Nodes do.
 - FailedNodes are tried by preemption, FailedAndUnresolvableNodes are not. But to preempt, the scheduler evicts until
   its own filters pass, and we are asked only about nodes that they let pass: it would evict nobody, and call that an
-  error ("expected at least one victim pod"). So a node goes to FailedNodes only if the pod is nominated to it: victims
-  may still be ending there, and while FailedNodes has the node the scheduler waits for them instead of evicting others.
+  error ("expected at least one victim pod"). So a node goes to FailedNodes only if the pod is nominated to it and its
+  victims are still ending there: while FailedNodes has it the scheduler waits for them instead of evicting others.
+  When they are gone and there is no room all the same, that error would leave the pod nominated there for ever.
 - Where a node fits it throws the reasons of the others away. Then they are FailedNodes, for people who ask by hand; but
   of more than `TOLD` nodes they are left out: 5000 are 0.3 MB, which costs the scheduler and us more than the decision.
 """
@@ -124,12 +125,13 @@ def _uid(pod: Any, where: str) -> str:
     return _text(_mapping(pod, "metadata", where=f"{where}.Pods"), "uid", f"{where}.Pods.metadata.")
 
 
-def filtered(asked: Candidates, decision: Decision) -> Answer:
-    """The chosen node, or all that nothing speaks against (the pod asks for no GPU); why not, for each other one."""
+def filtered(asked: Candidates, decision: Decision, awaited: str = "") -> Answer:
+    """The chosen node, or all that nothing speaks against (the pod asks for no GPU); why not, for each other one. On
+    the node `awaited` pods are ending so that this one has room."""
     refused = decision.refused
     chosen = decision.placement
     passed = [chosen.node] if chosen is not None else [name for name in asked.names if name not in refused]
-    later, never = _unplaced(asked.pod, decision) if not passed else ({}, {})
+    later, never = _unplaced(decision, awaited) if not passed else ({}, {})
     if passed and len(asked.names) <= TOLD:
         later = _messages(refused)
     result: dict[str, Any] = {
@@ -147,12 +149,11 @@ def _messages(refused: Mapping[str, Any]) -> dict[str, str]:
     return dict(zip(refused, map(itemgetter(1), refused.values()), strict=True))
 
 
-def _unplaced(pod: Mapping[str, Any], decision: Decision) -> tuple[dict[str, str], dict[str, str]]:
+def _unplaced(decision: Decision, awaited: str) -> tuple[dict[str, str], dict[str, str]]:
     """FailedNodes and FailedAndUnresolvableNodes, where no node fits."""
     never = _messages(decision.refused)
-    nominated = (pod.get("status") or {}).get("nominatedNodeName")
-    if nominated in never and decision.refused[nominated].reason.resolvable:
-        return {nominated: never.pop(nominated)}, never
+    if awaited in never and decision.refused[awaited].reason.resolvable:
+        return {awaited: never.pop(awaited)}, never
     return {}, never
 
 

@@ -72,6 +72,9 @@ class Table:
     def waits_for(self, pod: PodId, node: str) -> str:
         return ""
 
+    def awaited(self, pod: Mapping[str, Any]) -> str:
+        return ""
+
 
 @dataclass
 class Gate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -363,16 +364,63 @@ def test_room_that_was_made_for_a_pod_is_not_given_to_one_that_is_no_more_import
     told.ledger.reserve(pod_id(nominated("vip", 10)), "n")
 
 
-@pytest.mark.parametrize("how", ["bound elsewhere", "gone", "nominated no more", "ended"])
+@pytest.mark.parametrize("how", ["bound elsewhere", "gone", "nominated no more", "ended", "deleted"])
 def test_room_is_kept_no_longer_than_the_pod_waits_for_it(how: str) -> None:
     """Then anybody may have it."""
     told = site(gpus=1).tell("Pod", nominated("vip", 10))
     if how == "gone":
         told.gone("Pod", nominated("vip", 10))
+    elif how == "deleted":
+        told.tell("Pod", {**(vip := nominated("vip", 10)), "metadata": {**vip["metadata"], **GOING}})
     else:
         node, phase = "m" if how == "bound elsewhere" else "", "Failed" if how == "ended" else "Pending"
         told.tell("Pod", pod("vip", slots=4, priority=10, node=node, phase=phase))
     assert told.ledger.decide(pod("low"), ["n"]).placement is not None
+
+
+def test_room_is_kept_while_the_last_victims_are_still_ending() -> None:
+    """What the first of them leaves is not given away, or the second one would go for nothing."""
+    told = site(gpus=1).tell("Pod", nominated("vip", 10))
+    gone, ending = (pod(name, slots=2, node="n", plan={"server": {A: 2}}, metadata=GOING) for name in ("v1", "v2"))
+    told.tell("Pod", gone, ending)
+    assert told.ledger.awaited(nominated("vip", 10)) == "n"
+    told.gone("Pod", gone)
+    before = dict(told.ledger.fleet.charges)
+    assert told.ledger.decide(pod("low", slots=1), ["n"]).placement is None
+    assert told.ledger.decide(nominated("vip", 10), ["n"]).placement is None
+    assert dict(told.ledger.fleet.charges) == before
+    told.gone("Pod", ending)
+    assert told.ledger.decide(nominated("vip", 10), ["n"]).placement is not None
+
+
+def test_a_node_is_waited_for_only_while_less_important_pods_end_there() -> None:
+    """Otherwise the scheduler would neither place the pod nor give the node up."""
+    told = site(gpus=1).tell("Pod", nominated("vip", 10), pod("stays", node="n", plan=PLAN))
+    assert told.ledger.awaited(nominated("vip", 10)) == ""
+    told.tell("Pod", pod("equal", slots=1, node="n", priority=10, metadata=GOING))
+    assert told.ledger.awaited(nominated("vip", 10)) == ""
+    told.tell("Pod", pod("stays", node="n", plan=PLAN, metadata=GOING))
+    assert told.ledger.awaited(nominated("vip", 10)) == "n"
+    assert told.ledger.awaited(pod("vip", slots=4, priority=10)) == ""
+
+
+def test_two_equals_that_room_was_made_for_do_not_wait_for_each_other() -> None:
+    """There is room for one of them: the first by name has it."""
+    told = site(gpus=1).tell("Pod", nominated("a", 10), nominated("b", 10))
+    assert told.ledger.decide(nominated("b", 10), ["n"]).placement is None
+    assert told.ledger.decide(nominated("a", 10), ["n"]).placement is not None
+    assert told.ledger.reserve(pod_id(nominated("a", 10)), "n").placement.node == "n"
+
+
+def test_no_two_pods_are_promised_the_place_of_one_victim() -> None:
+    """The second one has others evicted, not those that go for the first already."""
+    told = site(gpus=2).tell("Pod", nominated("first", 10))
+    victims = [pod(f"v{uuid}", slots=4, node="n", plan={"server": {uuid: 4}}) for uuid in (A, B)]
+    told.tell("Pod", {**victims[0], "metadata": {**victims[0]["metadata"], **GOING}}, victims[1])
+    before, second = dict(told.ledger.fleet.charges), pod("second", slots=4, priority=10)
+    found = told.ledger.preempt(second, {"n": Victims((f"uid-v{A}",), 0)})
+    assert sorted(found["n"].uids) == [f"uid-v{A}", f"uid-v{B}"]
+    assert dict(told.ledger.fleet.charges) == before
 
 
 def test_a_pod_that_asks_for_no_gpu_may_go_anywhere() -> None:
@@ -382,6 +430,46 @@ def test_a_pod_that_asks_for_no_gpu_may_go_anywhere() -> None:
     assert (decision.placement, dict(decision.refused)) == (None, {})
     chosen = {"m": Victims(("uid-x",), 0)}
     assert told.ledger.preempt(value, chosen) == chosen
+
+
+# ---------------------------------------------------------------------------------------------------- what is absurd
+
+HUGE = str(2**63 - 1)
+"""The most that the API server takes, as CPU, as bytes, as GPUs."""
+
+
+@pytest.mark.parametrize("name", ["n", "m"])
+def test_a_pod_that_asks_for_more_than_can_be_counted_spoils_nothing(name: str) -> None:
+    """Anybody may write spec.nodeName. Its node is full; others are decided on as if it were not there."""
+    told = site(name="n").tell("Node", node("m")).tell("GPU", *(gpu_object("m", uuid) for uuid in uuids(2, "m")))
+    told.tell("Pod", *(pod(f"p{at}", container(slots=1, cpu=HUGE, memory=HUGE), node=name) for at in range(3)))
+    decision = told.ledger.decide(pod("a"), ["n", "m"])
+    assert decision.placement is not None
+    assert decision.placement.node == ("m" if name == "n" else "n")
+    assert told.ledger.decide(pod("b", container(slots=1, cpu=HUGE)), ["n", "m"]).placement is None
+    told.tell("Node", node("huge", cpu=HUGE, memory=HUGE))
+    assert told.ledger.decide(pod("a"), ["n", "m"]).placement == decision.placement
+
+
+def test_what_no_node_could_ever_hold_teaches_the_policy_nothing() -> None:
+    """One pod that asks for 10^18 GPUs would outweigh all others, until the next restart."""
+    usual = [pod(f"p{at}", container(slots=2, cpu="4")) for at in range(20)]
+    plain, spoilt = site(gpus=2, slots=10), site(gpus=2, slots=10)
+    spoilt.tell("Pod", pod("slots", slots=2**62), pod("cpu", container(slots=1, cpu=HUGE)))
+    spoilt.tell("Pod", pod("memory", container(slots=1, memory=HUGE)))
+    for told in (plain, spoilt):
+        told.tell("Pod", *usual).ledger.warm_up()
+        told.tell("Pod", pod("big", container(slots=1, cpu="31"), node="n", plan={"server": {A: 1}}))
+    assert spoilt.ledger.fleet.stranded() == plain.ledger.fleet.stranded()
+    assert plain.ledger.fleet.stranded()["n"] > 1
+
+
+def test_a_replica_that_decides_nothing_keeps_nothing_of_pods_that_are_gone() -> None:
+    """Months of pods come and go while another replica leads."""
+    told = site()
+    for at in range(100):
+        told.tell("Pod", value := pod(f"p{at}")).gone("Pod", value)
+    assert len(pickle.dumps(told.ledger)) < 1.01 * len(pickle.dumps(site().ledger))
 
 
 # -------------------------------------------------------------------------------------------------------------- figures

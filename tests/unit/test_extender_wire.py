@@ -37,8 +37,8 @@ def whole(**changes: Any) -> bytes:
     return orjson.dumps({"Pod": POD, "Nodes": {"metadata": {}, "items": items}, "NodeNames": None} | changes)
 
 
-def answered(request: bytes, decision: Decision) -> dict[str, Any]:
-    found: dict[str, Any] = orjson.loads(wire.filtered(wire.read_candidates(request), decision).body)
+def answered(request: bytes, decision: Decision, awaited: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = orjson.loads(wire.filtered(wire.read_candidates(request), decision, awaited).body)
     return found
 
 
@@ -117,16 +117,16 @@ def test_a_pod_that_fits_nowhere_sends_nobody_away_in_vain() -> None:
 
 def test_the_node_whose_victims_are_still_ending_may_come_to_fit() -> None:
     """While it stands in FailedNodes the scheduler waits for them, and evicts nobody else."""
-    request = by_name(Pod=POD | {"status": {"nominatedNodeName": "fake-1"}})
-    found = answered(request, decided(None, fake_0=NO_GPU, fake_1=NO_ROOM, fake_2=NO_ROOM, fake_3=NO_ROOM))
+    refused = decided(None, fake_0=NO_GPU, fake_1=NO_ROOM, fake_2=NO_ROOM, fake_3=NO_ROOM)
+    found = answered(by_name(), refused, "fake-1")
     assert found["FailedNodes"] == {"fake-1": "no GPU has 3 free"}
     assert sorted(found["FailedAndUnresolvableNodes"]) == ["fake-0", "fake-2", "fake-3"]
 
 
 def test_a_nominated_node_that_no_eviction_helps_is_given_up() -> None:
     """Its GPUs are gone: the scheduler must look for another node."""
-    request = by_name(Pod=POD | {"status": {"nominatedNodeName": "fake-0"}}, NodeNames=["fake-0"])
-    assert answered(request, decided(None, fake_0=NO_GPU))["FailedNodes"] == {}
+    request = by_name(NodeNames=["fake-0"])
+    assert answered(request, decided(None, fake_0=NO_GPU), "fake-0")["FailedNodes"] == {}
 
 
 def test_the_chosen_node_has_the_best_score_and_those_refused_none() -> None:
