@@ -16,6 +16,7 @@ import aiohttp
 from meshctl.adapters.kubernetes.client import Client
 from meshctl.adapters.kubernetes.kinds import KINDS
 from meshctl.api.allocation import read_allocation
+from meshctl.errors import RefusedError
 from meshctl.extender.fence import CONDITION
 from meshctl.extender.ports import PodId
 from meshctl.ports import ObjectKey
@@ -155,13 +156,9 @@ class Extender(ToolProcess):
     def environment(self) -> Mapping[str, str]:
         return {**os.environ, **self._environment}
 
-    async def leads(self) -> None:
-        """Returns when it binds."""
-
-        async def ready() -> bool:
-            return await completed(page, f"{self.url}/readyz") is not None
-
-        await until(ready, f"the extender binds; log: {self.log}")
+    async def leads(self) -> bool:
+        """Whether it binds."""
+        return await completed(page, f"{self.url}/readyz") is not None
 
     async def post(self, verb: str, asked: object) -> Any:
         """What is answered, as 200; bytes are sent as they are. Raises aiohttp.ClientError when nobody answers."""
@@ -180,9 +177,10 @@ class Extender(ToolProcess):
         return str((await self.post("bind", asked)).get("Error", ""))
 
     async def filter(self, pod: Mapping[str, Any], nodes: Sequence[str]) -> str:
-        """The node that was chosen; "" for none. Raises AssertionError with what is said instead of an answer."""
+        """The node that was chosen; "" for none. Raises RefusedError with what is said instead of an answer."""
         answer = await self.post("filter", {"Pod": pod, "NodeNames": nodes})
-        assert not answer["Error"], answer["Error"]
+        if answer["Error"]:
+            raise RefusedError(answer["Error"])
         return "".join(answer["NodeNames"])
 
     async def holds_nothing(self) -> None:
