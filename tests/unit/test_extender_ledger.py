@@ -451,12 +451,12 @@ def test_a_pod_that_asks_for_more_than_can_be_counted_spoils_nothing(name: str) 
     assert told.ledger.decide(pod("a"), ["n", "m"]).placement == decision.placement
 
 
-def test_what_no_node_could_ever_hold_teaches_the_policy_nothing() -> None:
+@pytest.mark.parametrize("absurd", [container(slots=2**62), container(slots=1, cpu=HUGE)])
+def test_what_no_node_could_ever_hold_teaches_the_policy_nothing(absurd: dict[str, Any]) -> None:
     """One pod that asks for 10^18 GPUs would outweigh all others, until the next restart."""
     usual = [pod(f"p{at}", container(slots=2, cpu="4")) for at in range(20)]
     plain, spoilt = site(gpus=2, slots=10), site(gpus=2, slots=10)
-    spoilt.tell("Pod", pod("slots", slots=2**62), pod("cpu", container(slots=1, cpu=HUGE)))
-    spoilt.tell("Pod", pod("memory", container(slots=1, memory=HUGE)))
+    spoilt.tell("Pod", pod("absurd", absurd))
     for told in (plain, spoilt):
         told.tell("Pod", *usual).ledger.warm_up()
         told.tell("Pod", pod("big", container(slots=1, cpu="31"), node="n", plan={"server": {A: 1}}))
