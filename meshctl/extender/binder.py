@@ -32,6 +32,7 @@ from meshctl.api.allocation import ALLOCATION, Allocation, ContainerAllocation
 from meshctl.core.packing.vocabulary import Placement
 from meshctl.errors import MeshctlError, RefusedError, UnavailableError
 from meshctl.extender.fence import Fence
+from meshctl.extender.pace import Pace
 from meshctl.extender.ports import BindError, Ledger, PodId, Reserved
 from meshctl.ports import ObjectKey
 
@@ -55,6 +56,8 @@ class Limits:
     """Bindings written at once, from which on the next pod's place is not looked for yet."""
     pace_s: float = 1.0
     """The longest that this holds up a Filter: the scheduler is told of an API server that does not answer."""
+    moment_s: float = 0.02
+    """For the Bind of a pod that was given a place; while none comes, this is all that a Filter waits for it."""
     stop_s: float = 8.0
     """For what is under way when the process is to end; one that is killed after 30 s has time for more."""
 
@@ -95,15 +98,13 @@ class KubernetesBinder:
         self._client, self._ledger, self._lease, self._wrote = client, ledger, lease, wrote
         self._fence = Fence(client, lease.identity, wrote)
         self._limits = limits or Limits()
+        self._pace = Pace(writes=self._limits.writes, longest_s=self._limits.pace_s, moment_s=self._limits.moment_s)
         self._fenced_term = 0
         """In which time of leading nobody else's bindings can come any more."""
         self._problem = ""
         self._stopping = False
         self._under_way: dict[str, asyncio.Task[None]] = {}
         """By the pod's UID."""
-        self._writing = 0
-        """Bindings that are being written, or of which it is being found out what became of them."""
-        self._fewer = asyncio.Event()
         self._counts: Counter[Outcome] = Counter(dict.fromkeys(Outcome, 0))
         self.counts: Mapping[Outcome, int] = MappingProxyType(self._counts)
         """Live."""
@@ -180,13 +181,11 @@ class KubernetesBinder:
         task.result()
 
     async def pace(self) -> None:
-        try:
-            async with asyncio.timeout(self._limits.pace_s):
-                while self._writing >= self._limits.writes:
-                    self._fewer.clear()
-                    await self._fewer.wait()
-        except TimeoutError:
-            return
+        await self._pace.next()
+
+    def placed(self, uid: str) -> None:
+        if uid not in self._under_way:
+            self._pace.placed(uid)
 
     async def wake(self, pod: PodId) -> None:
         """The scheduler tries the pod again, at once: a write to its status is something that it watches. Raises
@@ -196,6 +195,7 @@ class KubernetesBinder:
 
     def _ended(self, pod: PodId, task: asyncio.Task[None]) -> None:
         del self._under_way[pod.uid]
+        self._pace.taken(pod.uid)
         if task.cancelled():
             return
         error = task.exception()
@@ -228,15 +228,13 @@ class KubernetesBinder:
             raise BindError(f"{_name(pod)} is on node {there} already, not on {node}")
         await self._tenants(pod, node)
         reserved = self._ledger.reserve(pod, node)
-        self._writing += 1
+        self._pace.taken(pod.uid)
         try:
-            await self._write(reserved)
+            with self._pace.writing():
+                await self._write(reserved)
         except MeshctlError:
             self._ledger.release(pod.uid)
             raise
-        finally:
-            self._writing -= 1
-            self._fewer.set()
 
     async def _tenants(self, pod: PodId, node: str) -> None:
         """Returns when the pod may be before the kubelet; nothing happens between that and its reservation."""

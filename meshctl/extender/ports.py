@@ -87,7 +87,10 @@ class Binder(Protocol):
         """The pod is bound, with its GPUs as annotation, in one write. Raises BindError when it is not."""
 
     async def pace(self) -> None:
-        """Returns when few enough bindings are being written that another may follow, or after a while."""
+        """Returns when the next pod may be given a place (see `pace`), or after a while."""
+
+    def placed(self, uid: str) -> None:
+        """The pod was given a place; its binding will follow."""
 
     @property
     def unready(self) -> str:

@@ -104,6 +104,8 @@ class ExtenderServer(HttpServer):
         return answer
 
     async def _prioritized(self, body: bytes | bytearray) -> wire.Answer:
+        elif answer.outcome == "placed":
+            self._binder.placed(identity(asked.pod).uid)
         asked = self._parsed(body, wire.read_candidates)
         return wire.prioritized(asked, self._ledger.decide(asked.pod, asked.names))
 

@@ -84,6 +84,8 @@ class Gate:
     bound: list[tuple[PodId, str]] = field(default_factory=list)
     began: asyncio.Event = field(default_factory=asyncio.Event)
     may: asyncio.Event = field(default_factory=asyncio.Event)
+    given: list[str] = field(default_factory=list)
+    """Pods that were given a place."""
     room: asyncio.Event = field(default_factory=asyncio.Event)
     """For another binding."""
 
@@ -96,6 +98,9 @@ class Gate:
         if node == "full":
             raise BindError("no GPU of full has 3 free any more; the scheduler tries again")
         self.bound.append((pod, node))
+
+    def placed(self, uid: str) -> None:
+        self.given.append(uid)
 
     async def pace(self) -> None:
         await self.room.wait()
@@ -165,6 +170,7 @@ async def test_the_next_pod_waits_while_too_many_bindings_are_being_written() ->
         assert site.ledger.asked == []
         site.binder.room.set()
         assert (await asked)["NodeNames"] == ["b"]
+        assert site.binder.given == ["u-1"]
 
 
 async def test_a_binding_that_fails_says_why() -> None:
