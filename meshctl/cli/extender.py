@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,7 @@ from meshctl.errors import InputError
 
 if TYPE_CHECKING:
     from meshctl.extender.main import Config
+    from meshctl.ports import ObjectKey
     from meshctl.tls import TlsFiles
 
 YOUNG, NEVER = 50_000, 1_000_000_000
@@ -40,6 +42,14 @@ def extender(
     lease: Annotated[
         str, typer.Option(metavar="NS/NAME", help="Only the holder of this Lease binds pods.")
     ] = "kube-system/meshctl-extender",
+    pod: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NS/NAME",
+            help="The pod that this runs in. While this replica binds it has the label meshctl.io/extender-binds: the"
+            " Service selects by it (default: $NAMESPACE/$POD_NAME).",
+        ),
+    ] = None,
 ) -> None:
     """Run the scheduler extender: pack virtual GPUs onto physical ones, and bind pods to them."""
     import asyncio
@@ -50,18 +60,34 @@ def extender(
     from meshctl.cli.logs import configure_logs
     from meshctl.extender.main import Config
 
-    if not re.fullmatch(r"[a-z0-9.-]+/[a-z0-9.-]+", lease):
-        raise InputError(f"--lease must be NAMESPACE/NAME, not {lease!r}")
+    _namespaced("--lease", lease)
     config = Config(
         kubeconfig=kubeconfig,
         listen=Address.parse(listen, "--listen"),
         tls=_tls(tls_cert, tls_key, client_ca),
         policy=policy,
         lease=lease,
+        pod=_pod(pod),
     )
     configure_logs()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(_serve(config))
+
+
+def _namespaced(option: str, text: str) -> tuple[str, str]:
+    """Raises InputError unless it is NAMESPACE/NAME."""
+    if not (found := re.fullmatch(r"([a-z0-9.-]+)/([a-z0-9.-]+)", text)):
+        raise InputError(f"{option} must be NAMESPACE/NAME, not {text!r}")
+    return found[1], found[2]
+
+
+def _pod(text: str | None) -> ObjectKey | None:
+    """The pod that this runs in; None outside a cluster."""
+    from meshctl.ports import ObjectKey
+
+    if text is None and os.environ.get("POD_NAME"):
+        text = f"{os.environ.get('NAMESPACE', '')}/{os.environ['POD_NAME']}"
+    return ObjectKey("Pod", *_namespaced("--pod (or $NAMESPACE/$POD_NAME)", text)) if text else None
 
 
 def _tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsFiles | None:

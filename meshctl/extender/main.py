@@ -8,7 +8,7 @@ scheduler can still be answered.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from meshctl.adapters.kubernetes.reflector import Pace, Reflector
 from meshctl.address import Address
 from meshctl.core.packing.vocabulary import Policy
 from meshctl.errors import UnavailableError
+from meshctl.extender.announce import Announcer
 from meshctl.extender.binder import KubernetesBinder
 from meshctl.extender.ledger import Ledger
 from meshctl.extender.metrics import Figures, Metrics
@@ -38,6 +39,10 @@ MANDATORY = ("Pod", "Node", "GPU")
 """Without these nothing can be placed; without the others no product is too slow."""
 
 
+Forever = dict[str, Callable[[], Coroutine[None, None, None]]]
+"""What runs until the end, by name."""
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     """What `meshctl extender` is told."""
@@ -50,26 +55,26 @@ class Config:
     tls: TlsFiles | None = None
     """None: plain HTTP."""
     policy: Policy = Policy.STRANDING
+    pod: ObjectKey | None = None
+    """That this runs in: it is labelled while this replica binds. None: it is ready only then."""
 
 
 async def serve(config: Config, ended: asyncio.Event, listed: Callable[[], object] = lambda: None) -> None:
     """Until `ended`; `listed` is called once everything is known. Raises InputError or MeshctlError when it can't
     start, with nothing left behind."""
-    async with _running(config) as (binder, waker, address):
+    async with _running(config) as (address, forever):
         listed()
         log.info("serving", address=str(address), tls=config.tls is not None, policy=str(config.policy))
         async with asyncio.TaskGroup() as tasks:
-            running = [
-                tasks.create_task(binder.run(), name="lead"),
-                tasks.create_task(waker.run(), name="wake pods that have room now"),
-            ]
+            running = [tasks.create_task(work(), name=name) for name, work in forever.items()]
             await ended.wait()
             for task in running:
                 task.cancel()
 
 
 @asynccontextmanager
-async def _running(config: Config) -> AsyncIterator[tuple[KubernetesBinder, Waker, Address]]:
+async def _running(config: Config) -> AsyncIterator[tuple[Address, Forever]]:
+    """Where it is asked, and what runs for as long."""
     certificates = Renewing(config.tls) if config.tls is not None else None  # files that are no good are told at once
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(connect(config.kubeconfig))
@@ -82,12 +87,18 @@ async def _running(config: Config) -> AsyncIterator[tuple[KubernetesBinder, Wake
         binder = KubernetesBinder(client, ledger, lease, wrote=watched.pods.wrote)
         metrics.observe(lambda: figures(ledger, binder))
         waker = Waker(ledger, binder, watched.pods.objects)
-        server = ExtenderServer(ledger, binder, metrics, refused=waker.refused)
+        forever: Forever = {"lead": binder.run, "wake pods that have room now": waker.run}
+        announcer = Announcer(client, config.pod, lambda: binder.unready) if config.pod is not None else None
+        if announcer is not None:
+            forever["announce who binds"] = announcer.run
+            stack.push_async_callback(announcer.withdraw)
+        unready = announcer.problem if announcer is not None else None
+        server = ExtenderServer(ledger, binder, metrics, refused=waker.refused, unready=unready)
         await server.start(config.listen, certificates)
         stack.push_async_callback(server.stop)
         stack.push_async_callback(binder.stop)
         await lease.start()
-        yield binder, waker, server.address
+        yield server.address, forever
 
 
 class Watched:
@@ -145,4 +156,5 @@ def figures(ledger: Ledger, binder: KubernetesBinder) -> Figures:
         reservations=len(ledger.reserved),
         bindings={outcome.value: count for outcome, count in binder.counts.items()},
         bindings_under_way=binder.under_way,
+        binds=not binder.unready,
     )

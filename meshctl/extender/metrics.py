@@ -28,6 +28,8 @@ class Figures:
     """Outcome -> how many so far."""
     bindings_under_way: int = 0
     """Neither done nor certain not to be."""
+    binds: bool = False
+    """This replica, at the moment."""
 
 
 class Metrics:
@@ -99,6 +101,7 @@ class _Collector(Collector):
             "Bindings that are neither done nor certain not to be.",
             figures.bindings_under_way,
         )
+        yield GaugeMetricFamily("meshctl_extender_binds", "1 while this replica binds pods.", figures.binds)
         bindings = CounterMetricFamily(
             "meshctl_extender_bindings",
             "Bindings by what became of them; besides, tries that met a conflict or whose answer was lost.",

@@ -4,7 +4,7 @@
 |------|--------|
 | POST /filter, /prioritize, /bind, /preempt | 200 always, with `Error` for what is wrong (`meshctl.extender.wire`) |
 | /healthz | 200 while the event loop runs |
-| /readyz | 200 while pods may be bound here, else 503 and why |
+| /readyz | 200 while pods may be bound here, or nobody is led here in vain (`announce`), else 503 and why |
 | /metrics | Prometheus text |
 
 With a client CA the POSTs are for its clients; the rest is for kubelets and Prometheus too, which have no certificate.
@@ -59,11 +59,14 @@ class ExtenderServer(HttpServer):
         metrics: Metrics,
         *,
         refused: Callable[[PodId], object] = lambda _: None,
+        unready: Callable[[], str] | None = None,
         body_bytes: int = BODY_BYTES,
     ) -> None:
-        """`refused` is told of each pod that fits nowhere."""
+        """`refused` is told of each pod that fits nowhere. `unready` is why nobody should ask here ("": they may);
+        None: the binder's."""
         self._ledger, self._binder, self._metrics, self._body_bytes = ledger, binder, metrics, body_bytes
         self._refused = refused
+        self._unready = unready or (lambda: binder.unready)
         self._large: list[object] = []
         """What was parsed of large requests that were just answered."""
         super().__init__(
@@ -97,15 +100,15 @@ class ExtenderServer(HttpServer):
         await self._binder.pace()
         asked = self._parsed(body, wire.read_candidates)
         decision = self._ledger.decide(asked.pod, asked.names)
-        answer = wire.filtered(asked, decision)
+        answer = wire.filtered(asked, decision, self._ledger.awaited(asked.pod))
         if answer.outcome == "unplaced":
             self._metrics.refused({refusal.reason for refusal in decision.refused.values()})
             self._refused(identity(asked.pod))
+        elif answer.outcome == "placed":
+            self._binder.placed(identity(asked.pod).uid)
         return answer
 
     async def _prioritized(self, body: bytes | bytearray) -> wire.Answer:
-        elif answer.outcome == "placed":
-            self._binder.placed(identity(asked.pod).uid)
         asked = self._parsed(body, wire.read_candidates)
         return wire.prioritized(asked, self._ledger.decide(asked.pod, asked.names))
 
@@ -174,8 +177,10 @@ class ExtenderServer(HttpServer):
         )
 
     async def _readyz(self, _: web.Request) -> web.Response:
-        why = self._binder.unready
-        return json_response({"ready": not why, "problems": [why] if why else []}, status=503 if why else 200)
+        why, binds = self._unready(), not self._binder.unready
+        return json_response(
+            {"ready": not why, "binds": binds, "problems": [why] if why else []}, status=503 if why else 200
+        )
 
     async def _exposition(self, _: web.Request) -> web.Response:
         return web.Response(body=self._metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})

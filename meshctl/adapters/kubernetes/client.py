@@ -184,11 +184,18 @@ class Client:
         return await self._send(_Request("PATCH", doing, url, dict(wanted), kind, deadline_s=deadline_s))
 
     async def merge_patch(
-        self, key: ObjectKey, patch: Mapping[str, Any], *, subresource: str = "", manager: str = MANAGER
+        self,
+        key: ObjectKey,
+        patch: Mapping[str, Any],
+        *,
+        subresource: str = "",
+        manager: str = MANAGER,
+        deadline_s: float = DEADLINE_S,
     ) -> Raw:
         """JSON merge patch (RFC 7386); the object as it then is. Raises AbsentError when there is none."""
         url = self._url(key, subresource, {"fieldManager": manager, "fieldValidation": "Strict"})
-        return await self._send(_Request("PATCH", f"patch {key}", url, dict(patch), "application/merge-patch+json"))
+        kind = "application/merge-patch+json"
+        return await self._send(_Request("PATCH", f"patch {key}", url, dict(patch), kind, deadline_s=deadline_s))
 
     async def create(
         self, wanted: KubeObject, *, manager: str = MANAGER, deadline_s: float = DEADLINE_S, retry: bool = True
