@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import structlog
@@ -58,12 +58,12 @@ class ExtenderServer(HttpServer):
         binder: Binder,
         metrics: Metrics,
         *,
-        refused: Callable[[PodId], object] = lambda _: None,
+        refused: Callable[[PodId, Sequence[str]], object] = lambda _, __: None,
         unready: Callable[[], str] | None = None,
         body_bytes: int = BODY_BYTES,
     ) -> None:
-        """`refused` is told of each pod that fits nowhere. `unready` is why nobody should ask here ("": they may);
-        None: the binder's."""
+        """`refused` is told of each pod that fits nowhere, and which nodes it was asked for. `unready` is why nobody
+        should ask here ("": they may); None: the binder's."""
         self._ledger, self._binder, self._metrics, self._body_bytes = ledger, binder, metrics, body_bytes
         self._refused = refused
         self._unready = unready or (lambda: binder.unready)
@@ -103,7 +103,7 @@ class ExtenderServer(HttpServer):
         answer = wire.filtered(asked, decision, self._ledger.awaited(asked.pod))
         if answer.outcome == "unplaced":
             self._metrics.refused({refusal.reason for refusal in decision.refused.values()})
-            self._refused(identity(asked.pod))
+            self._refused(identity(asked.pod), asked.names)
         elif answer.outcome == "placed":
             self._binder.placed(identity(asked.pod).uid)
         return answer

@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 from meshctl.extender.ports import PodId
-from meshctl.extender.waiting import FIRST_S, LONGEST_S, LOOKS, Waiting
+from meshctl.extender.waiting import FIRST_S, LONGEST_S, LOOKS, WAKES, Names, Waiting
 
-A, B = (PodId("team", name, f"uid-{name}") for name in "ab")
+A, B, C = (PodId("team", name, f"uid-{name}") for name in "abc")
 
 
 def refused(*pods: PodId) -> Waiting:
@@ -21,28 +21,59 @@ def refused(*pods: PodId) -> Waiting:
 def test_who_has_room_now_is_woken_and_nobody_else() -> None:
     """Not before the scheduler had time to try it again by itself."""
     waiting = refused(A, B)
-    assert waiting.wake(FIRST_S / 2, lambda _: True) == []
-    assert waiting.wake(FIRST_S, lambda pod: pod == B) == [B]
+    assert waiting.wake(FIRST_S / 2, lambda *_: True) == []
+    assert waiting.wake(FIRST_S, lambda pod, _: pod == B) == [B]
     assert len(waiting) == 2
 
 
 def test_who_waits_no_more_is_forgotten() -> None:
     """It is on a node, or gone: nothing is written to it, and nothing kept of it."""
     waiting = refused(A, B)
-    assert waiting.wake(FIRST_S, lambda pod: None if pod == A else False) == []
+    assert waiting.wake(FIRST_S, lambda pod, _: None if pod == A else False) == []
     assert len(waiting) == 1
 
 
 def test_who_is_woken_in_vain_is_woken_half_as_often_each_time() -> None:
-    """The scheduler may have reasons of its own against nodes with room. To be refused again makes no difference."""
-    waiting, woken = refused(A), []
-    for now_s in range(3000):
-        if waiting.wake(now_s, lambda _: True):
-            woken.append(now_s)
-            waiting.refused(A, now_s)
+    """The scheduler has reasons of its own against all nodes now, and asks about none."""
+    waiting = refused(A)
+    woken = [now_s for now_s in range(3000) if waiting.wake(now_s, lambda *_: True)]
     pauses = [later - before for before, later in pairwise(woken)]
     assert pauses[:4] == [2, 4, 8, 16]
     assert set(pauses[8:]) == {LONGEST_S}
+
+
+def test_who_was_not_quick_enough_for_a_place_is_woken_for_the_next_one() -> None:
+    """It was refused again, as another pod had the place: that is no reason to wait for five minutes."""
+    waiting = refused(A)
+    for now_s in range(1, 100):
+        assert waiting.wake(now_s, lambda *_: True) == [A]
+        waiting.refused(A, now_s)
+
+
+def test_a_pod_waits_for_the_nodes_that_the_scheduler_asked_about() -> None:
+    """Room elsewhere, which its node selector excludes, would wake it in vain. Others are kept apart."""
+    waiting, asked = Waiting(), dict[PodId, list[str] | None]()
+
+    def note(pod: PodId, names: Names) -> bool:
+        found = names()
+        asked[pod] = None if found is None else sorted(found)
+        return False
+
+    for pod, names in ((A, ["n2", "n1"]), (B, ["n3"]), (C, None)):
+        waiting.refused(pod, 0.0, names)
+    waiting.wake(FIRST_S, note)
+    assert asked == {A: ["n1", "n2"], B: ["n3"], C: None}
+    assert waiting.wake(FIRST_S, lambda *_: None) == []
+    waiting.refused(A, 1.0, ["n4"])
+    waiting.wake(1.0 + FIRST_S, note)
+    assert asked[A] == ["n4"]
+
+
+def test_few_are_woken_at_a_time() -> None:
+    """Of a thousand pods nearly all come too late for one place; who was not woken is next."""
+    pods = [PodId("team", str(index), str(index)) for index in range(2 * WAKES)]
+    waiting = refused(*pods)
+    assert [waiting.wake(FIRST_S, lambda *_: True) for _ in range(3)] == [pods[:WAKES], pods[WAKES:], []]
 
 
 def test_a_round_looks_at_few_and_comes_to_all() -> None:
@@ -50,7 +81,7 @@ def test_a_round_looks_at_few_and_comes_to_all() -> None:
     pods = [PodId("team", str(index), str(index)) for index in range(2 * LOOKS + 1)]
     waiting, looked = refused(*pods), []
 
-    def no(pod: PodId) -> bool:
+    def no(pod: PodId, _: Names) -> bool:
         looked.append(pod)
         return False
 
