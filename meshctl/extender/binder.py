@@ -232,7 +232,7 @@ class KubernetesBinder:
         try:
             with self._pace.writing():
                 await self._write(reserved)
-        except MeshctlError:
+        except Exception:  # a fault of ours, too: what nobody knows the outcome of never comes here
             self._ledger.release(pod.uid)
             raise
 
@@ -269,20 +269,23 @@ class KubernetesBinder:
             raise
         except (RefusedError, BusyError):
             raise
-        except UnavailableError as error:
+        except Exception as error:  # no answer, or a fault of ours: nobody knows how far it came
             self._counts[Outcome.LOST] += 1
-            log.warning("no answer to a binding", pod=_name(pod), node=placement.node, error=str(error))
+            fault = not isinstance(error, UnavailableError)
+            log.warning("no answer to a binding", pod=_name(pod), node=placement.node, error=str(error), exc_info=fault)
             await self._found_out(reserved, error)
 
-    async def _found_out(self, reserved: Reserved, lost: UnavailableError) -> None:
+    async def _found_out(self, reserved: Reserved, lost: Exception) -> None:
         """What became of a write without an answer: returns when it is done, raises when it never will be."""
         pod = reserved.pod
         while True:
             try:
                 there = await self._fence.void(pod)
                 break
-            except MeshctlError as error:
-                log.warning("not known whether a pod is bound; its place is kept", pod=_name(pod), error=str(error))
+            except Exception as error:
+                fault = not isinstance(error, MeshctlError)
+                why = "not known whether a pod is bound; its place is kept"
+                log.warning(why, pod=_name(pod), error=str(error), exc_info=fault)
             await asyncio.sleep(self._limits.again_s)
         if not there:
             raise BindError(f"{_name(pod)} is gone") from lost

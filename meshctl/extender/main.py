@@ -28,7 +28,7 @@ from meshctl.extender.metrics import Figures, Metrics
 from meshctl.extender.server import ExtenderServer
 from meshctl.extender.views import VIEWS
 from meshctl.extender.waker import Waker
-from meshctl.ports import ObjectKey
+from meshctl.ports import KubeObject, ObjectKey
 from meshctl.tls import Renewing, TlsFiles
 
 log = structlog.get_logger(__name__)
@@ -144,8 +144,17 @@ class Watched:
         return all(one.synced if name in MANDATORY else one.settled for name, one in self._reflectors.items())
 
     def _tell(self, key: ObjectKey) -> None:
-        self._ledger.take(key, self._reflectors[key.kind].objects.get(key))
+        take(self._ledger, key, self._reflectors[key.kind].objects.get(key))
         self._changed.set()
+
+
+def take(ledger: Ledger, key: ObjectKey, value: KubeObject | None) -> None:
+    """Tells the ledger of one object. One that can't be read is told to people, and must not keep those that come after
+    it in a listing from being told of: nothing would tell of them again."""
+    try:
+        ledger.take(key, value)
+    except Exception:  # whatever is wrong with it
+        log.exception("an object can't be read; what was known of it stays", object=str(key))
 
 
 def figures(ledger: Ledger, binder: KubernetesBinder) -> Figures:
