@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 from meshctl.adapters.kubernetes.kinds import GPUS, ISTIO, KINDS, MANDATORY, OPTIONAL
 from meshctl.api.gpuresources import NAME
 from meshctl.cli.app import app
+from meshctl.extender.announce import LABEL
 from meshctl.sharing import RESOURCE
 from tests.cluster.cluster import Cluster, KubectlError
 from tests.harness.tools import until
@@ -68,6 +69,8 @@ EXTENDER_NEEDED: dict[str, set[str]] = {
 LEASE = {"leases.coordination.k8s.io": {"create", "get", "update"}}
 OWN = {**LEASE, "configmaps": {"get", "create", "patch"}}
 """In its own namespace, on top; but for the Lease's create only on those of one name."""
+EXTENDER_OWN = {**EXTENDER_NEEDED, **LEASE, "pods": EXTENDER_NEEDED["pods"] | {"patch"}}
+"""There it labels its own pod."""
 
 
 @pytest.fixture(scope="module")
@@ -148,12 +151,12 @@ async def test_the_extender_and_the_second_scheduler_apply(name: str, placement:
 
 
 async def test_the_extenders_account_may_do_what_is_needed_and_nothing_else(placement: str, cluster: Cluster) -> None:
-    """It binds pods and marks those that wait; it changes no pod, no GPU and no model."""
+    """It binds pods and marks those that wait; it changes no pod elsewhere, no GPU and no model."""
     elsewhere = await cluster.namespace()
     every = await _allowed(cluster, await cluster.kubeconfig_for(f"{elsewhere}/default"), elsewhere)
     ours = await cluster.kubeconfig_for(EXTENDER)
     assert await _allowed(cluster, ours, elsewhere) == {**EXTENDER_NEEDED, **every}
-    assert await _allowed(cluster, ours, NAMESPACE) == {**EXTENDER_NEEDED, **LEASE, **every}
+    assert await _allowed(cluster, ours, NAMESPACE) == {**EXTENDER_OWN, **every}
     with pytest.raises(KubectlError, match="Forbidden"):
         await cluster.kubectl("get", "lease", "meshctl", f"--namespace={NAMESPACE}", kubeconfig=ours)
 
@@ -279,7 +282,7 @@ def test_the_agents_container_starts_meshctl_with_options_that_it_has() -> None:
 
 def test_the_extenders_container_starts_meshctl_with_options_that_it_has() -> None:
     """And finds its certificates; its Service leads there, by the name that the schedulers' configuration has."""
-    (deployment,) = _documents("extender/deployment.yaml")
+    deployment, _ = _documents("extender/deployment.yaml")
     spec = deployment["spec"]["template"]["spec"]
     (container,) = spec["containers"]
     command, *arguments = container["args"]
@@ -287,11 +290,15 @@ def test_the_extenders_container_starts_meshctl_with_options_that_it_has() -> No
     parameters = group.get_command(None, command).make_context(command, arguments).params
     (port,) = container["ports"]
     assert parameters["listen"] == f"0.0.0.0:{port['containerPort']}"
-    assert parameters["lease"] == "$(NAMESPACE)/meshctl-extender"
+    assert (parameters["lease"], parameters["pod"]) == ("$(NAMESPACE)/meshctl-extender", "$(NAMESPACE)/$(POD_NAME)")
+    assert [variable["name"] for variable in container["env"]] == ["NAMESPACE", "POD_NAME"]
     mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
     assert all(str(Path(parameters[name]).parent) in mounted for name in ("tls_cert", "tls_key", "client_ca"))
     (service,) = _documents("extender/service.yaml")
     assert service["spec"]["ports"][0]["targetPort"] == port["name"]
+    every = deployment["spec"]["selector"]["matchLabels"]
+    assert service["spec"]["selector"] == {**every, LABEL: "true"}
+    assert LABEL not in deployment["spec"]["template"]["metadata"]["labels"]
     (config,) = _documents("extender/scheduler-config.yaml")
     host = f"{service['metadata']['name']}.{NAMESPACE}.svc"
     assert config["extenders"][0]["urlPrefix"] == f"https://{host}:{service['spec']['ports'][0]['port']}"
