@@ -19,8 +19,8 @@ pytestmark = pytest.mark.cluster
 
 
 async def test_the_label_is_on_the_pod_of_who_binds(cluster: Cluster, tmp_path: Path) -> None:
-    """Who stands by is ready, and takes off what a killed container of its pod left. The label goes to who follows; that
-    of a killed one stays until its next container runs, and an end in good order takes it off."""
+    """Who stands by is ready, and takes off what a killed container of its pod left. The label goes to who follows; a
+    killed one's stays until its next container runs; an end in good order takes it off."""
     async with connect(cluster.kubeconfig) as client:
         stand = Stand(client, await cluster.namespace("announce"))
         names = ("first", "second")
