@@ -53,10 +53,19 @@ def _load(name: str, target: str) -> Any:
     if isinstance(found, typer.Typer):
         group = typer.main.get_command(found)
         group.name = name
-        return group
+        return _reflowed(group)
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     single.command(name)(found)
-    return typer.main.get_command(single)
+    return _reflowed(typer.main.get_command(single))
+
+
+def _reflowed(command: Any) -> Any:
+    """With help whose lines end where the terminal does, not the docstring; but for paragraphs after a \\b."""
+    paragraphs = (command.help or "").split("\n\n")
+    command.help = "\n\n".join(text if text.startswith("\b") else text.replace("\n", " ") for text in paragraphs)
+    for inner in getattr(command, "commands", {}).values():
+        _reflowed(inner)
+    return command
 
 
 app = typer.Typer(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meshctl.cli.heap import share_heap
+from meshctl.cli.policy import PolicyOption
 from meshctl.core.packing.vocabulary import Policy
 from meshctl.errors import InputError
 
@@ -38,7 +39,7 @@ def extender(
     client_ca: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Answer only clients with a certificate of this CA (PEM).")
     ] = None,
-    policy: Annotated[Policy, typer.Option(help="How one of the places that fit is chosen.")] = Policy.STRANDING,
+    policy: PolicyOption = Policy.STRANDING,
     lease: Annotated[
         str, typer.Option(metavar="NS/NAME", help="Only the holder of this Lease binds pods.")
     ] = "kube-system/meshctl-extender",

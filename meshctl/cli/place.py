@@ -8,9 +8,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.table import Table
+from rich.console import Group, RenderableType
+from rich.table import Column, Table
 
 from meshctl.cli.output import Output, OutputOption, emit
+from meshctl.cli.policy import PolicyOption
 from meshctl.core.packing.vocabulary import Policy
 from meshctl.sim.openb import SLOTS, load
 from meshctl.sim.placement import Outcome, fill
@@ -20,17 +22,27 @@ MAX_ARRIVALS = 10.0
 
 
 def place(
-    nodes: Annotated[Path, typer.Option("--nodes", help="CSV: sn,cpu_milli,memory_mib,gpu,model.")],
-    pods: Annotated[Path, typer.Option("--pods", help="CSV: name,cpu_milli,memory_mib,num_gpu,gpu_milli[,gpu_spec].")],
-    policy: Annotated[Policy, typer.Option("--policy", help="How one of the places that fit is chosen.")] = (
-        Policy.STRANDING
-    ),
+    nodes: Annotated[
+        Path,
+        typer.Option("--nodes", metavar="FILE", help="CSV with columns sn, cpu_milli, memory_mib, gpu (GPUs), model."),
+    ],
+    pods: Annotated[
+        Path,
+        typer.Option(
+            "--pods",
+            metavar="FILE",
+            help="CSV with columns name, cpu_milli, memory_mib, num_gpu, gpu_milli (of each), and gpu_spec if wanted.",
+        ),
+    ],
+    policy: PolicyOption = Policy.STRANDING,
     arrivals: Annotated[
         float,
-        typer.Option("--arrivals", min=0.01, max=MAX_ARRIVALS, help="Until so much is asked for: 1 is all GPUs."),
+        typer.Option(
+            "--arrivals", min=0.01, max=MAX_ARRIVALS, metavar="RATIO", help="Until so much is asked for: 1 is all GPUs."
+        ),
     ] = 1.3,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the order in which pods arrive.")] = 1,
-    slots: Annotated[int, typer.Option("--slots", min=1, max=1000, help="Virtual GPUs per GPU.")] = SLOTS,
+    seed: Annotated[int, typer.Option("--seed", min=0, metavar="N", help="Of the order in which pods arrive.")] = 1,
+    slots: Annotated[int, typer.Option("--slots", min=1, max=1000, metavar="N", help="Virtual GPUs per GPU.")] = SLOTS,
     output: OutputOption = Output.TABLE,
 ) -> None:
     """Let a trace's pods arrive at an empty cluster, and say how much of its GPUs is allocated.
@@ -39,7 +51,7 @@ def place(
     random order, then drawn anew; each is placed at once or lost; none departs. Nothing is asked, nothing is changed.
     """
     outcome = fill(load(nodes, pods, slots), policy, seed, arrivals, time.perf_counter)
-    emit(as_dict(outcome), output, lambda: _table(policy, outcome))
+    emit(as_dict(outcome), output, lambda: _drawn(policy, outcome))
 
 
 def as_dict(outcome: Outcome) -> dict[str, Any]:
@@ -53,16 +65,12 @@ def as_dict(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _table(policy: Policy, outcome: Outcome) -> Table:
+def _drawn(policy: Policy, outcome: Outcome) -> RenderableType:
     answer = as_dict(outcome)
-    table = Table(
-        "ARRIVED", "ALLOCATED", title=f"{policy}: share of the cluster's GPUs", title_justify="left", box=None
-    )
+    table = Table("ARRIVED", Column("ALLOCATED", justify="right"), box=None, pad_edge=False, header_style="")
     for percent, share in answer["allocated"].items():
         table.add_row(f"{percent} %", f"{share:.2%}")
     lost = ", ".join(f"{count} {reason}" for reason, count in answer["rejected"].items()) or "none"
     times = answer["decision_ms"]
-    table.caption = (
-        f"{answer['decisions']} decisions, p50 {times['p50']:.3g} ms, p99 {times['p99']:.3g} ms; lost: {lost}"
-    )
-    return table
+    spent = f"{answer['decisions']} decisions, p50 {times['p50']:.3g} ms, p99 {times['p99']:.3g} ms"
+    return Group(f"{policy}: share of the cluster's GPUs", table, spent, f"lost: {lost}")

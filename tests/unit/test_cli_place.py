@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,26 @@ def test_every_policy_has_its_name(policy: str, files: list[str], capsys: pytest
 
 
 def test_without_an_output_format_people_get_a_table(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """The policy, a line for each per cent, what was lost."""
-    assert run(*files, "--arrivals", "1.1") == 0
+    """The policy, a line for each per cent, what was lost: no line is broken in the middle."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        assert run(*files, "--arrivals", "1.1") == 0
+    title, header, *rows, spent, lost = capsys.readouterr().out.splitlines()
+    assert title == "stranding: share of the cluster's GPUs"
+    assert header.split() == ["ARRIVED", "ALLOCATED"]
+    assert [row.rpartition("%  ")[0] for row in rows] == ["100 ", "110 "]
+    assert re.fullmatch(r"\d+ decisions, p50 \S+ ms, p99 \S+ ms", spent)
+    assert re.fullmatch(r"lost: (none|\d+ \w+(, \d+ \w+)*)", lost)
+
+
+def test_help_runs_to_the_end_of_the_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Where the docstring breaks its lines does not matter; no name of an option or a column is cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        assert run("--help") == 0
     out = capsys.readouterr().out
-    assert "stranding" in out
-    assert "100 %" in out
-    assert "110 %" in out
-    assert "lost" in out
+    assert "cluster-trace-gpu-v2023). The pods come in a random order" in out
+    assert "…" not in out
 
 
 def test_a_mistake_in_a_file_is_the_callers(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
