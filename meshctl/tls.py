@@ -61,7 +61,7 @@ class TlsFiles:
 def stranger(connection: asyncio.BaseTransport | None) -> bool:
     """Whether the client at the other end should have shown a certificate, and has not."""
     tls: ssl.SSLObject | None = None if connection is None else connection.get_extra_info("ssl_object")
-    return tls is not None and tls.context.verify_mode is ssl.CERT_OPTIONAL and not tls.getpeercert()
+    return tls is not None and tls.context.verify_mode is ssl.CERT_OPTIONAL and not tls.getpeercert(binary_form=True)
 
 
 class Renewing:
