@@ -10,12 +10,12 @@ then free to r - s; x[r, s] such steps place the most GPU:
                                     for each s: sum_r x[r, s] <= coming[s]                      (price u[s])
 
 Its dual is solved, which is smaller: minimise free V + coming u with V[r] - V[r - s] + u[s] >= s. Placing s at level r
-costs V[r] - V[r - s] - s: what the piece was worth, less what it is worth afterwards, less what it now does. (Prices of
-the static program and taking the cheapest place: K. Talluri, G. van Ryzin, Management Science
-44(11), 1998. The level graph: J. M. Valerio de Carvalho, Annals of Operations Research 86, 1999.)
+costs V[r] - V[r - s] - s: what the piece was worth, less what it is worth afterwards, less what it now does. (Bid
+prices: K. Talluri, G. van Ryzin, Management Science 44(11), 1998. The level graph: J. M. Valerio de Carvalho, Annals of
+Operations Research 86, 1999.)
 
 Rejected, with figures in docs/decisions/0007: the tightest fit; the expectation over the next k arrivals, whose best k
-lies beside a cliff; CPU in the same program (nothing is left of it where CPU is looked at apart, by `stranding`).
+lies beside a cliff. CPU is looked at apart, by `stranding`.
 """
 
 from __future__ import annotations
