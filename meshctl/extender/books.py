@@ -215,11 +215,11 @@ class Books:
 
     def _whose(self, card: Card, holding: Holding) -> Whose:
         pod = self.pods.get(holding.pod)
-        if pod is None:
+        if pod is None or node_of(pod) != card.node:
             return Whose.NOBODY
         if ended(pod):
             return Whose.ENDED
-        charge = self.fleet.charges.get(uid_of(pod)) if node_of(pod) == card.node else None
+        charge = self.fleet.charges.get(uid_of(pod))
         mine = charge is not None and card.uuid in charge.gpus
         return Whose.CHARGED if mine else Whose.NOBODY
 

@@ -125,7 +125,10 @@ class Fence:
 
 def _may_ask(pod: KubeObject) -> bool:
     """Whether a container asks for any extended resource: which of them are shared GPUs the former leader may have
-    known better."""
+    known better. A pod with a gate can't be bound: the API server refuses that, and to open the gate is a write, too.
+    There may be thousands of them, where something else queues pods."""
     spec = pod["spec"]
+    if spec.get("schedulingGates"):
+        return False
     containers = (*(spec.get("initContainers") or ()), *(spec.get("containers") or ()))
     return any(extended(container, "pod") for container in containers)

@@ -141,8 +141,10 @@ class Ledger:
             demand = self._demand(seen)
         except InputError as error:
             raise BindError(str(error)) from error
-        with self._kept_free(pod.uid, priority_of(seen)):
-            placement = self._books.fleet.fit(demand, node)
+        placement: Placement | Refusal = Placement(node)
+        if demand.asks or node not in self.fleet.nodes:  # else the scheduler alone knows, and Filter let it pass, too
+            with self._kept_free(pod.uid, priority_of(seen)):
+                placement = self.fleet.fit(demand, node)
         if isinstance(placement, Refusal):
             raise BindError(f"{where} does not fit on {node} any more: {placement.message}; it is scheduled again")
         found = Reserved(pod, demand, placement)

@@ -28,11 +28,12 @@ _READ = (ALLOCATION, GPU_PRODUCTS)
 
 
 def _pod(raw: Raw) -> Raw:
-    """Of one that has ended, that it has; of one on a node no version and no labels: they decide nothing any more."""
+    """Of one that has ended, that it has, and where; of one on a node no version and no labels: they decide nothing any
+    more."""
     metadata, spec, status = raw["metadata"], raw.get("spec") or {}, raw.get("status") or {}
     kept = _named(metadata, "uid")
     if status.get("phase") in TERMINAL:
-        return {"metadata": kept, "status": pick(status, "phase")}
+        return {"metadata": kept, "spec": pick(spec, "nodeName"), "status": pick(status, "phase")}
     if "deletionTimestamp" in metadata:
         kept["deletionTimestamp"] = metadata["deletionTimestamp"]
     annotations = metadata.get("annotations") or {}

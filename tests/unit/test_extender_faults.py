@@ -1,22 +1,24 @@
-"""Faults of our own: one object, or one binding, must not take the rest with it."""
+"""Faults, and what is spared: one object, one binding or one replica must not take the rest with it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 import pytest
 from kubernetes.aio.client.configuration import Configuration
 
+from meshctl.adapters.kubernetes import client as clients
 from meshctl.adapters.kubernetes.client import Client
 from meshctl.adapters.kubernetes.kinds import Raw
 from meshctl.adapters.kubernetes.lease import Lease
 from meshctl.extender.binder import KubernetesBinder, Outcome
+from meshctl.extender.fence import Fence
 from meshctl.extender.main import take
 from meshctl.extender.ports import BindError
 from meshctl.extender.views import VIEWS
 from meshctl.ports import KubeObject, ObjectKey
-from tests.harness.extender_objects import Told, node, pod, pod_id, site, uuids
+from tests.harness.extender_objects import Told, container, node, pod, pod_id, site, uuids
 from tests.harness.gpus import gpu_object
 
 
@@ -36,6 +38,21 @@ class Faulty(Client):
     async def apply(self, wanted: KubeObject, **_: Any) -> Raw:
         self._value["metadata"]["resourceVersion"] += "0"
         return self._value
+
+
+class Listing(Client):
+    """An API server with some pods; notes which of them are written to."""
+
+    def __init__(self, *pods: dict[str, Any]) -> None:
+        super().__init__(Configuration())
+        self._pods, self.written = {one["metadata"]["name"]: one for one in pods}, list[str]()
+
+    async def pages(self, *_: Any, **__: Any) -> AsyncGenerator[clients.Listing]:
+        yield clients.Listing(tuple(self._pods.values()), "1")
+
+    async def apply(self, wanted: KubeObject, **_: Any) -> Raw:
+        self.written.append(wanted["metadata"]["name"])
+        return self._pods[wanted["metadata"]["name"]]
 
 
 class Held(Lease):
@@ -69,3 +86,14 @@ def test_an_object_that_can_not_be_read_keeps_no_other_from_being_told_of() -> N
         kept = VIEWS[kind].kept(value)
         take(told.ledger, VIEWS[kind].key(kept), kept)
     assert told.ledger.decide(pod(), ["bad", "n"]).placement is not None
+
+
+async def test_a_take_over_writes_to_the_pods_that_may_be_bound_late_and_to_no_others() -> None:
+    """Thousands may wait behind a gate, which the API server binds none of."""
+    gated = pod("gated", schedulingGates=[{"name": "kueue.x-k8s.io/admission"}])
+    client = Listing(pod("waits"), gated, pod("bound", node="n"), pod("plain", container()))
+    shown: list[Raw] = []
+    assert await Fence(client, "me", shown.append).take_over(released=False) == 1
+    assert client.written == ["waits"]
+    assert [raw["metadata"]["name"] for raw in shown] == ["waits", "gated", "bound", "plain", "waits"]
+    await client.close()
