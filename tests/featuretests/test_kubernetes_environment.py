@@ -27,6 +27,14 @@ class Server:
         return web.json_response({"kind": "Pod", "metadata": {"name": "p"}})
 
 
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever whoever runs this has."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
 @pytest.fixture
 async def server() -> AsyncIterator[tuple[Server, str]]:
     found, application = Server(), web.Application()
