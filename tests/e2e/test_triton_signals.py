@@ -1,10 +1,13 @@
-"""Both sources of signals on a real Triton under real requests, and through a real Envoy."""
+"""Both sources of signals on a real Triton under real requests.
+
+One Triton serves all tests, which look at one model each and at what comes to its counters while they run.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +29,10 @@ pytestmark = [pytest.mark.triton, pytest.mark.alone]
 
 BASE_S, PER_ITEM_S = 0.010, 0.001
 MODEL = TritonModel(base_s=BASE_S, per_item_s=PER_ITEM_S)
+STEADY = TritonModel("steady", base_s=BASE_S, per_item_s=PER_ITEM_S)
+SLOW = TritonModel("slow", base_s=1.0, per_item_s=0.0)
+TOGETHER = TritonModel("together", base_s=0.1, per_item_s=0.0, dynamic_batching=True)
+PAIR = TritonModel("pair", base_s=0.05, per_item_s=0.0, instances=2)
 POLL_DEADLINE_S = 20.0
 
 
@@ -63,31 +70,40 @@ class Sent:
         return len(self.statuses) / self.seconds
 
 
-async def send(triton: TritonProcess, batches: Sequence[int], *, fail: bool = False) -> Sent:
+async def send(
+    triton: TritonProcess, batches: Sequence[int], model: TritonModel = MODEL, *, fail: bool = False
+) -> Sent:
     """One request after the other, each of the next batch."""
     sent = Sent(batches)
     began_s = time.monotonic()
     async with aiohttp.ClientSession() as session:
         for batch in batches:
-            sent.statuses.append(await triton.infer(session, batch, fail=fail))
+            sent.statuses.append(await triton.infer(session, batch, model.name, fail=fail))
     sent.seconds = time.monotonic() - began_s
     return sent
 
 
-async def counted(triton: TritonProcess, total: int, counter: str = "nv_inference_exec_count") -> None:
+async def count(triton: TritonProcess, counter: str = "nv_inference_exec_count") -> float:
+    """What Triton has counted of `MODEL` so far."""
+    text = await completed(page, f"http://{triton.metrics}/metrics") or ""
+    of_model = (line for line in text.splitlines() if line.startswith(counter + "{") and f'"{MODEL.name}"' in line)
+    return sum(float(line.split()[-1]) for line in of_model)
+
+
+async def counted(triton: TritonProcess, total: float, counter: str = "nv_inference_exec_count") -> None:
     """Returns when Triton, which answers first and counts then, has counted `total`."""
 
     async def all_of_them() -> bool:
-        text = await completed(page, f"http://{triton.metrics}/metrics") or ""
-        return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(counter + "{")) >= total
+        return await count(triton, counter) >= total
 
-    await until(all_of_them, f"{counter} is {total}")
+    await until(all_of_them, f"{counter} is {total:g}")
 
 
-@pytest.fixture
-async def triton(tmp_path: Path) -> AsyncIterator[TritonProcess]:
-    async with TritonProcess(tmp_path / "triton", MODEL) as started:
-        yield started
+@pytest.fixture(scope="module")
+def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonProcess]:
+    started = TritonProcess(tmp_path_factory.mktemp("triton"), MODEL, STEADY, SLOW, TOGETHER, PAIR).start()
+    yield started
+    started.stop()
 
 
 @pytest.mark.parametrize("batch", [1, 8, 64])
@@ -97,8 +113,9 @@ async def test_service_time_and_batch_are_those_of_the_requests(triton: TritonPr
     first = await seen(source, of)
     assert first.completed_rps is Signal.ABSENT
     assert first.pending.value == 0.0
+    before = await count(triton)
     sent = await send(triton, [batch] * 20)
-    await counted(triton, 20)
+    await counted(triton, before + 20)
     found = await seen(source, of)
     await source.stop()
     service_s = BASE_S + PER_ITEM_S * batch
@@ -119,8 +136,9 @@ async def test_a_mix_has_the_mean_batch(triton: TritonProcess) -> None:
     """Sizes 1, 3 and 8 in turn: the batch is 4, the service time that of a batch of 4, as it is affine."""
     source, of = scrape(), route(endpoint(triton))
     await seen(source, of)
+    before = await count(triton)
     sent = await send(triton, [1, 3, 8] * 8)
-    await counted(triton, 24)
+    await counted(triton, before + 24)
     found = await seen(source, of)
     await source.stop()
     assert found.batch.value == pytest.approx(4.0)
@@ -132,9 +150,10 @@ async def test_failures_are_not_completions(triton: TritonProcess) -> None:
     """Requests that the model refuses are failed_rps, and leave the means of the others alone."""
     source, of = scrape(), route(endpoint(triton))
     await seen(source, of)
+    before = await count(triton)
     assert set((await send(triton, [2] * 10)).statuses) == {200}
     assert 200 not in (await send(triton, [2] * 5, fail=True)).statuses
-    await counted(triton, 10)
+    await counted(triton, before + 10)
     await counted(triton, 5, "nv_inference_request_failure")
     found = await seen(source, of)
     await source.stop()
@@ -143,29 +162,27 @@ async def test_failures_are_not_completions(triton: TritonProcess) -> None:
 
 
 @asynccontextmanager
-async def in_flight(triton: TritonProcess, count: int) -> AsyncIterator[None]:
+async def in_flight(triton: TritonProcess, model: TritonModel, count: int) -> AsyncIterator[None]:
     """`count` requests at once, awaited in the end."""
     async with aiohttp.ClientSession() as session:
-        tasks = [asyncio.create_task(triton.infer(session, 1)) for _ in range(count)]
+        tasks = [asyncio.create_task(triton.infer(session, 1, model.name)) for _ in range(count)]
         yield
         assert await asyncio.gather(*tasks) == [200] * count
 
 
-async def test_pending_leads_what_completions_tell_later(tmp_path: Path) -> None:
+async def test_pending_leads_what_completions_tell_later(triton: TritonProcess) -> None:
     """Requests that wait show in `pending` while nothing has completed; their waiting shows once they have."""
-    slow = TritonModel(base_s=1.0, per_item_s=0.0)
-    async with TritonProcess(tmp_path, slow) as triton:
-        source, of = scrape(), route(endpoint(triton))
-        await seen(source, of)
-        async with in_flight(triton, 5):
+    source, of = scrape(), route(endpoint(triton), model=SLOW.name)
+    await seen(source, of)
+    async with in_flight(triton, SLOW, 5):
 
-            async def all_there() -> bool:
-                found = await seen(source, of)
-                return found.pending.value == 4.0
+        async def all_there() -> bool:
+            found = await seen(source, of)
+            return found.pending.value == 4.0
 
-            await until(all_there, "four requests wait behind the one that runs")
-        found = await seen(source, of)
-        await source.stop()
+        await until(all_there, "four requests wait behind the one that runs")
+    found = await seen(source, of)
+    await source.stop()
     assert found.pending.value == 0.0
     assert found.queue_s.value is not None
     assert found.queue_s.value > 1.0, "they waited 0, 1, 2, 3 and 4 s"
@@ -173,18 +190,16 @@ async def test_pending_leads_what_completions_tell_later(tmp_path: Path) -> None
     assert 1.0 <= found.service_s.value < found.queue_s.value
 
 
-async def test_busy_counts_a_dynamic_batch_once(tmp_path: Path) -> None:
+async def test_busy_counts_a_dynamic_batch_once(triton: TritonProcess) -> None:
     """Requests that Triton runs together are each credited the whole time: busy is the time of the executions."""
-    together = TritonModel(base_s=0.1, per_item_s=0.0, dynamic_batching=True)
-    async with TritonProcess(tmp_path, together) as triton:
-        # Said to be eight servers, so that the limit of 1 is far from both what is right and what would be wrong.
-        source, of = scrape(), route(replace(endpoint(triton), concurrency=8))
-        await seen(source, of)
-        for _ in range(5):
-            async with in_flight(triton, 8):
-                pass
-        found = await seen(source, of)
-        await source.stop()
+    # Said to be eight servers, so that the limit of 1 is far from both what is right and what would be wrong.
+    source, of = scrape(), route(replace(endpoint(triton), concurrency=8), model=TOGETHER.name)
+    await seen(source, of)
+    for _ in range(5):
+        async with in_flight(triton, TOGETHER, 8):
+            pass
+    found = await seen(source, of)
+    await source.stop()
     assert found.completed_rps.value is not None
     credited = found.completed_rps.value * 0.1
     assert credited > 1.5, "more work is credited than one server has time for"
@@ -192,16 +207,14 @@ async def test_busy_counts_a_dynamic_batch_once(tmp_path: Path) -> None:
     assert 0 < 8 * found.busy_ratio.value < 1.1 < credited
 
 
-async def test_instances_share_the_load(tmp_path: Path) -> None:
+async def test_instances_share_the_load(triton: TritonProcess) -> None:
     """Two instances serve two requests at once; busy is per instance."""
-    pair = TritonModel(base_s=0.05, per_item_s=0.0, instances=2)
-    async with TritonProcess(tmp_path, pair) as triton:
-        source, of = scrape(), route(replace(endpoint(triton), concurrency=2))
-        await seen(source, of)
-        await send(triton, [1] * 20)
-        two = await seen(source, of)
-        one = await seen(source, route(endpoint(triton)))
-        await source.stop()
+    source, of = scrape(), route(replace(endpoint(triton), concurrency=2), model=PAIR.name)
+    await seen(source, of)
+    await send(triton, [1] * 20, PAIR)
+    two = await seen(source, of)
+    one = await seen(source, route(endpoint(triton), model=PAIR.name))
+    await source.stop()
     assert two.busy_ratio.value is not None
     assert one.busy_ratio.value == pytest.approx(2 * two.busy_ratio.value, rel=0.2)
 
@@ -209,13 +222,14 @@ async def test_instances_share_the_load(tmp_path: Path) -> None:
 @pytest.mark.prometheus
 async def test_prometheus_tells_the_same_of_triton(triton: TritonProcess, tmp_path: Path) -> None:
     """While requests of one size go on, a real Prometheus and the direct scrape agree with what is sent."""
-    of = route(endpoint(triton))
+    of = route(endpoint(triton), model=STEADY.name)
+    success = f'nv_inference_request_success{{model="{STEADY.name}"}}[3s]'
     async with PrometheusProcess(tmp_path / "prometheus", {"triton": [triton.metrics]}, 0.25) as prometheus:
         direct, through = scrape(3.0), PrometheusSignals(prometheus.url, MonotonicClock(), 3.0)
         sending = asyncio.create_task(_send_until_cancelled(triton, 4))
         try:
-            await prometheus.until("min_over_time(nv_inference_request_success[3s]) > 20")
-            await prometheus.until("count_over_time(nv_inference_request_success[3s]) > 9")
+            await prometheus.until(f"min_over_time({success}) > 20")
+            await prometheus.until(f"count_over_time({success}) > 9")
             await seen(direct, of)
             began_s = time.monotonic()
 
@@ -241,4 +255,4 @@ async def test_prometheus_tells_the_same_of_triton(triton: TritonProcess, tmp_pa
 
 async def _send_until_cancelled(triton: TritonProcess, batch: int) -> None:
     while True:
-        await send(triton, [batch] * 10)
+        await send(triton, [batch] * 10, STEADY)
