@@ -1,6 +1,6 @@
 """What the scheduler extender costs kube-scheduler: pods bound per second, with it and without.
 
-    python -m bench.scheduler [--json] [--quick] [--rounds N] [--keep DIRECTORY]
+    python -m bench.scheduler [--json] [--quick] [--pods N] [--rounds N] [--keep DIRECTORY]
 
 Real are etcd, kube-apiserver, kube-scheduler and `meshctl extender` (HTTPS, client certificates, as deploy/extender
 has it); nodes and GPUs are objects that nobody stands behind. In each round all pods are there before the scheduler
@@ -302,6 +302,7 @@ async def _bench(report: Report, directory: Path, scale: Scale, rounds: int) -> 
 def main(
     as_json: JsonOption = False,
     quick: Annotated[bool, typer.Option("--quick", help="A small cluster, once: does it work?")] = False,
+    pods: Annotated[int, typer.Option("--pods", help="In each round, without --quick.")] = FULL.pods,
     rounds: Annotated[int, typer.Option("--rounds", help="Of each kind.")] = 2,
     keep: Annotated[Path | None, typer.Option("--keep", metavar="DIRECTORY", help="Keep logs and data here.")] = None,
 ) -> None:
@@ -313,7 +314,7 @@ def main(
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
     ):
         where = keep or Path(directory)
-        runner.run(_bench(report, where, QUICK if quick else FULL, 1 if quick else rounds))
+        runner.run(_bench(report, where, QUICK if quick else Scale(FULL.nodes, pods), 1 if quick else rounds))
     report.show(as_json=as_json)
 
 
