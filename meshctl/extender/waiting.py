@@ -31,6 +31,8 @@ LOOKS = 50
 """A decision takes 0.2 ms, and requests wait meanwhile."""
 WAKES = 10
 """A write each; where one GPU has room and a thousand pods wait for it, nearly all of them are woken in vain."""
+MOST_NAMES = 50_000
+"""Of nodes that are kept: ten times a large cluster's. Where nodes come and go, theirs are more and more."""
 FIRST_S, LONGEST_S = 1.0, 300.0
 """From a refusal until the pod is woken: at first; and at most, when the scheduler would try it again by itself."""
 
@@ -49,6 +51,9 @@ class Nodes:
         self._last: tuple[Collection[str], bytes] = ((), b"")
         """Many pods are asked about the same names, one after the other."""
 
+    def __len__(self) -> int:
+        return len(self._number)
+
     def packed(self, names: Collection[str]) -> bytes:
         if names != self._last[0]:
             numbers = [self._number.setdefault(name, len(self._number)) for name in names]
@@ -62,7 +67,7 @@ class Nodes:
         return [name for name, bit in zip(self._number, bits.tolist(), strict=True) if bit]
 
     def clear(self) -> None:
-        """Names may be of nodes that are no more."""
+        """What was packed can't be read any more."""
         self._number, self._last = {}, ((), b"")
 
 
@@ -107,9 +112,15 @@ class Waiting:
                 one.pause_s = min(2 * one.pause_s, LONGEST_S)
                 one.from_s = now_s + one.pause_s
             self._refused[uid] = one
-        if not self._refused:
-            self._nodes.clear()
+        if not self._refused or len(self._nodes) > MOST_NAMES:
+            self._forget_names()
         return found
+
+    def _forget_names(self) -> None:
+        """Those who wait may be woken once in vain; then it is known again."""
+        for one in self._refused.values():
+            one.nodes = None
+        self._nodes.clear()
 
     def _names(self, nodes: bytes | None) -> Sequence[str] | None:
         return None if nodes is None else self._nodes.names(nodes)

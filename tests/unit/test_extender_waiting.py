@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 from meshctl.extender.ports import PodId
-from meshctl.extender.waiting import FIRST_S, LONGEST_S, LOOKS, WAKES, Names, Waiting
+from meshctl.extender.waiting import FIRST_S, LONGEST_S, LOOKS, MOST_NAMES, WAKES, Names, Waiting
 
 A, B, C = (PodId("team", name, f"uid-{name}") for name in "abc")
 
@@ -67,6 +67,22 @@ def test_a_pod_waits_for_the_nodes_that_the_scheduler_asked_about() -> None:
     waiting.refused(A, 1.0, ["n4"])
     waiting.wake(1.0 + FIRST_S, note)
     assert asked[A] == ["n4"]
+
+
+def test_names_of_nodes_that_are_no_more_are_forgotten_some_time() -> None:
+    """One pod may wait for months while nodes come and go; then any node will do for it until it is refused again."""
+    waiting, asked = Waiting(), list[int | None]()
+
+    def note(_: PodId, names: Names) -> bool:
+        found = names()
+        asked.append(None if found is None else len(found))
+        return False
+
+    for part in range(3):
+        waiting.refused(A, part * FIRST_S, [f"n{part}-{at}" for at in range(MOST_NAMES // 2)])
+        waiting.wake(FIRST_S * (part + 1), note)
+    waiting.wake(FIRST_S * 4, note)
+    assert asked == [MOST_NAMES // 2] * 3 + [None]
 
 
 def test_few_are_woken_at_a_time() -> None:
