@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -172,31 +173,51 @@ async def test_no_controller_is_a_clear_error() -> None:
     assert "Traceback" in debugged.err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        pytest.param(
-            ["run", "--manifests", ".", "--scrape", "--prometheus", "http://x"], "exclude each other", id="both"
-        ),
-        pytest.param(["run", "--manifests", ".", "--xds", "18000"], "--xds: '18000' is not HOST:PORT", id="no host"),
-        pytest.param(
-            ["run", "--manifests", ".", "--admin", "h:99999"],
-            "--admin: 'h:99999' is not HOST:PORT",
-            id="port too large",
-        ),
-        pytest.param(["run", "--manifests", ".", "--tick", "1"], "--tick has no unit", id="no unit"),
-        pytest.param(["run", "--manifests", ".", "--tick", "0s"], "--tick must be more than 0", id="zero tick"),
-        pytest.param(["run", "--kubeconfig", "nowhere"], "nowhere: no such file; name a kubeconfig", id="no cluster"),
-        pytest.param(["run", "--manifests", ".", "--istio"], "leave out --istio, or --manifests", id="two sources"),
-        pytest.param(["run", "--istiod", "http://x"], "give --istio too", id="istiod without istio"),
-        pytest.param(["run", "--lease", "x"], "--lease must be NAMESPACE/NAME, not 'x'", id="lease"),
-        pytest.param(["run", "--state", "x"], "--state belongs to --manifests", id="state"),
-        pytest.param(["nope"], "nope", id="unknown command"),
-        pytest.param(["status", "--admin", "not a url"], "is no address", id="bad URL"),
-    ],
-)
-async def test_wrong_use_exits_2_and_says_why(arguments: list[str], said: str) -> None:
+WRONG = {
+    "both": (["run", "--manifests", ".", "--scrape", "--prometheus", "http://x"], "exclude each other"),
+    "no host": (["run", "--manifests", ".", "--xds", "18000"], "--xds: '18000' is not HOST:PORT"),
+    "port too large": (["run", "--manifests", ".", "--admin", "h:99999"], "--admin: 'h:99999' is not HOST:PORT"),
+    "no unit": (["run", "--manifests", ".", "--tick", "1"], "--tick has no unit"),
+    "zero tick": (["run", "--manifests", ".", "--tick", "0s"], "--tick must be more than 0"),
+    "no cluster": (["run", "--kubeconfig", "nowhere"], "nowhere: no such file; name a kubeconfig"),
+    "two sources": (["run", "--manifests", ".", "--istio"], "leave out --istio, or --manifests"),
+    "istiod without istio": (["run", "--istiod", "http://x"], "give --istio too"),
+    "lease": (["run", "--lease", "x"], "--lease must be NAMESPACE/NAME, not 'x'"),
+    "state": (["run", "--state", "x"], "--state belongs to --manifests"),
+    "unknown command": (["nope"], "nope"),
+    "bad URL": (["status", "--admin", "not a url"], "is no address"),
+}
+"""Arguments, and what is said of them."""
+
+_ALL_OF_THEM = """
+import contextlib, io, json, sys
+from meshctl.cli import main
+
+outcomes = []
+for arguments in json.load(sys.stdin):
+    sys.argv = ["meshctl", *arguments]
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            status = main()
+        except SystemExit as end:
+            status = end.code
+    outcomes.append((status, said.getvalue()))
+json.dump(outcomes, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def wrong() -> dict[str, tuple[int, str]]:
+    """Exit status and words of each of `WRONG`, in one process: most of the time that they take is the import's."""
+    asked = orjson.dumps([arguments for arguments, _ in WRONG.values()])
+    command = (sys.executable, "-c", _ALL_OF_THEM)
+    ran = subprocess.run(command, input=asked, stdout=subprocess.PIPE, check=True, timeout=4 * DEADLINE_S)
+    return {name: (status, said) for name, (status, said) in zip(WRONG, orjson.loads(ran.stdout), strict=True)}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_use_exits_2_and_says_why(wrong: dict[str, tuple[int, str]], name: str) -> None:
     """The option and what is wrong with it, no traceback."""
-    outcome = await meshctl(*arguments)
-    assert (outcome.status, "Traceback" in outcome.err) == (2, False)
-    assert said in outcome.err
+    status, said = wrong[name]
+    assert (status, "Traceback" in said) == (2, False)
+    assert WRONG[name][1] in said
