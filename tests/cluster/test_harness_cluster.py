@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from contextlib import suppress
-from pathlib import Path
 
 import aiohttp
 import pytest
@@ -77,26 +75,6 @@ async def test_a_service_account_may_do_what_it_was_given_and_no_more(cluster: C
         return False
 
     await until(may, "the role is in force")
-
-
-async def test_the_api_server_and_istiod_go_away_and_come_back(tmp_path: Path) -> None:
-    """At the same addresses, with the same data; and the gateway serves meanwhile. Nothing is left in the end."""
-    async with Cluster(tmp_path, istio=True) as own:
-        groups = [p.process.pid for p in own.processes if p.process is not None]
-        namespace = await own.namespace()
-        await own.stop_apiserver()
-        with pytest.raises(KubectlError, match="refused"):
-            await own.kubectl("get", "namespaces")
-        async with aiohttp.ClientSession() as session:
-            assert (await request(session, own.gateway().url))[0] == 404  # it serves, though nothing has a route
-        await own.start_apiserver()
-        assert namespace in await own.kubectl("get", "namespaces")
-        await own.restart_istiod()
-        assert page(f"{own.istiod_debug}/metrics")
-        groups += [p.process.pid for p in own.processes if p.process is not None]
-    for group in groups:
-        with pytest.raises(ProcessLookupError):
-            os.killpg(group, 0)
 
 
 def _service_entry(namespace: str, host: str, weights: dict[str, int]) -> Document:
