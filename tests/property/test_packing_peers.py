@@ -184,6 +184,19 @@ def test_fgd_gives_models_that_pods_insist_on_to_them() -> None:
     assert chosen.node == "n1"
 
 
+def test_gpus_without_memory_are_fragments_to_fgd() -> None:
+    """A pod goes where the memory that it takes is not what others need for the GPU."""
+    fleet = Fleet(Policy.FGD)
+    fleet.put(Node("scarce", 8000, 1000, (Device("g0", SLOTS), Device("g1", SLOTS))))
+    fleet.put(Node("spare", 8000, 9000, (Device("g2", SLOTS), Device("g3", SLOTS))))
+    demand = Demand(1000, 600, (Ask("a", SLOTS),))
+    for _ in range(4):
+        fleet.observe(demand)
+    chosen = fleet.choose(demand).placement
+    assert chosen is not None
+    assert chosen.node == "spare"
+
+
 def test_random_draws_anew_for_every_pod_and_the_same_for_the_same_seed() -> None:
     """Over twenty pods it takes more than one of ten equal nodes; twice the same with one seed."""
 
