@@ -210,3 +210,18 @@ def test_random_draws_anew_for_every_pod_and_the_same_for_the_same_seed() -> Non
 
     assert len(set(chosen(1))) > 3
     assert chosen(1) == chosen(1) != chosen(2)
+
+
+def test_random_answers_the_same_question_alike() -> None:
+    """What is chosen is what fits there, and asking again changes nothing, until the next pod arrives."""
+    fleet = Fleet(Policy.RANDOM, seed=3)
+    for name in "abcd":
+        fleet.put(Node(name, 8000, 8000, tuple(Device(f"{name}{gpu}", SLOTS) for gpu in range(4))))
+    demand = Demand(asks=(Ask("a", 5),))
+    for _ in range(10):
+        fleet.observe(demand)
+        chosen = fleet.choose(demand).placement
+        assert chosen is not None
+        assert chosen == fleet.fit(demand, chosen.node)
+        fleet.charge("other", Charge("a" if chosen.node != "a" else "b", 1000))
+        assert chosen == fleet.choose(demand).placement

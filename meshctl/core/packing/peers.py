@@ -96,17 +96,24 @@ class Spread(_Fixed):
 
 
 class Random(_Fixed):
-    """Any node, there any GPU. Every pod that arrives shuffles anew."""
+    """Any node, there any GPU. Every pod that arrives shuffles anew; until then a question has one answer."""
 
     def __init__(self, seed: int) -> None:
-        self._random = np.random.default_rng(seed)
+        self._seed = seed
+        self._drawn: Floats = np.zeros((0, 0))
+        """(N, 1 + D): for the node, and for its GPUs."""
+        self._known = -1
 
     def learn(self, want: Want, gpus: Sequence[float]) -> None:
         self.epoch += 1
 
     def cost(self, want: Want, table: Table, rows: Ints) -> Floats:
-        width = table.room.shape[1] if len(want.items) == 1 else 1
-        costs: Floats = self._random.random((len(rows), 1)) + 1e-9 * self._random.random((len(rows), width))
+        nodes, width = table.slots.shape
+        if self._known != self.epoch or self._drawn.shape != (nodes, 1 + width):
+            self._known = self.epoch
+            self._drawn = np.random.default_rng((self._seed, self.epoch)).random((nodes, 1 + width))
+        drawn = self._drawn[rows]
+        costs: Floats = drawn[:, :1] + 1e-9 * drawn[:, 1:] if len(want.items) == 1 else drawn[:, :1]
         return costs
 
 
