@@ -119,6 +119,21 @@ def test_a_gpu_that_is_closed_in_ever_new_words_says_the_last() -> None:
         assert len(state.kinds) < 100
 
 
+def test_many_nodes_are_refused_in_few_words() -> None:
+    """An Event has 1024 characters, and the scheduler adds up equal words: of many nodes none tells its numbers."""
+    made = fleet(*(gpus(f"n{number:02}", 4) for number in range(40)))
+    for number in range(40):
+        free = number % 10
+        made.charge(f"p{number}", Charge(f"n{number:02}", gpus={f"n{number:02}-{gpu}": 10 - free for gpu in range(4)}))
+    answers = dict(made.choose(share(10)).refused)
+    assert {refusal.reason for refusal in answers.values()} == {Reason.NO_ROOM}
+    assert {refusal.message for refusal in answers.values()} == {
+        f"no GPU has 10 of {GPU} free, though the node has as many",
+        f"no GPU has 10 of {GPU} free; the node has fewer in all",
+    }
+    assert all(made.fit(share(10), name) == refusal for name, refusal in answers.items())
+
+
 def test_nobody_is_refused_cpu_that_he_does_not_ask_for() -> None:
     """As the scheduler has it: on a node with more taken than there is, a pod without requests is welcome."""
     made = fleet(gpus("n"))

@@ -1,8 +1,8 @@
 """Why a node is refused, in words: for people who read `kubectl describe pod`, where equal words of many nodes add up.
 
 Looked at from what lasts to what passes: GPUs of another resource or product or too small, closed ones, other tenants,
-no room on a single GPU, CPU, memory. So an earlier reason is one that evicting pods would not cure. Numbers stand in
-the words only where few different ones are to be expected.
+no room on a single GPU, CPU, memory. So an earlier reason is one that evicting pods would not cure. How much room there
+is stands in the words of a small cluster only: an Event is cut after 1024 characters, and each number adds a reason.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from meshctl.core.packing.vocabulary import Device, Reason, Refusal
 REASONS = tuple(Reason)
 """A reason's code is its position."""
 CODE: Mapping[Reason, int] = {reason: code for code, reason in enumerate(REASONS)}
+_FEW_NODES = 8
+"""With more of them the slots that each has free are not said: with thirty their words would be cut."""
+_UNSAID = -1
 _PASSING = -1
 """Code of no reason that lasts."""
 UNKNOWN = Refusal(Reason.UNKNOWN_NODE, "nothing is known of this node (yet)")
@@ -47,9 +50,9 @@ class Found(NamedTuple):
     needs: Ints
     """Index of the need that finds no room."""
     most: Ints
-    """Slots that it could have of one GPU."""
+    """Slots that it could have of one GPU; `_UNSAID` in a cluster of many nodes."""
     total: Ints
-    """Of all of them."""
+    """Of all of them; there whether they are as many as are asked for, 0 or 1."""
 
 
 class Speaker:
@@ -90,7 +93,10 @@ class Speaker:
         reason = np.full(len(rows), CODE[Reason.NO_ROOM])
         if state.isolation:
             reason[holds(need, usable(self._want, need, state, rows, anybody=True), several)] = CODE[Reason.TENANT]
-        mine = Found(reason, np.full(len(rows), index), room.max(axis=1), room.sum(axis=1))
+        most, total = room.max(axis=1), room.sum(axis=1)
+        if len(state.names) > _FEW_NODES:
+            most, total = np.full(len(rows), _UNSAID), (total >= need.total).astype(np.int64)
+        mine = Found(reason, np.full(len(rows), index), most, total)
         return Found(*(np.where(fits, others, ours) for others, ours in zip(other, mine, strict=True)))
 
     def _say(self, key: tuple[int, int, int, int]) -> Refusal:
@@ -141,13 +147,16 @@ def _numbers(reason: Reason, need: Need, most: int, total: int) -> str:
     subject = f"no GPU has {asked} of {need.resource}"
     if len(need.sizes) > 1:
         subject = f"no room for {asked} of {need.resource}, each on one GPU"
-    match reason:
-        case Reason.TOO_SMALL:
-            return f"{subject}, even empty: the most is {most} (of {total} in all)"
-        case Reason.TENANT:
-            return f"{subject} free for this namespace, others have theirs for themselves: the most is {most}"
-        case _:
-            return f"{subject}{' free' if len(need.sizes) == 1 else ''}: the most is {most} (of {total} free in all)"
+    if reason is Reason.TOO_SMALL:
+        return f"{subject}, even empty: the most is {most} (of {total} in all)"
+    if reason is Reason.TENANT:
+        subject = f"{subject} free for this namespace, others have theirs for themselves"
+        return subject if most == _UNSAID else f"{subject}: the most is {most}"
+    if len(need.sizes) == 1:
+        subject += " free"
+    if most == _UNSAID:
+        return subject + (", though the node has as many" if total else "; the node has fewer in all")
+    return f"{subject}: the most is {most} (of {total} free in all)"
 
 
 def _listed(words: Iterable[str], between: str) -> str:
