@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from random import Random
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +27,7 @@ from meshctl.core.packing.vocabulary import (
 
 RESOURCES = ("hpe.com/gpus", "hpe.com/gpus", "hpe.com/whole")
 NODES = ("node-a", "node-b", "node-c")
+CUTS = (1, 4, 10, 48)
 
 devices = st.builds(
     Device,
@@ -201,6 +203,41 @@ def test_a_fleet_is_what_a_new_one_with_the_same_in_it_is(
     for demand in demands:
         assert told(fleet.choose(demand)) == told(new.choose(demand))
         assert told(fleet.choose(demand, NODES[1:])) == told(new.choose(demand, NODES[1:]))
+
+
+@pytest.mark.parametrize("policy", [policy for policy in Policy if policy is not Policy.RANDOM])
+@settings(max_examples=25)
+@given(
+    st.lists(steps, max_size=30),
+    st.lists(demands, min_size=1, max_size=3),
+    st.lists(st.sampled_from(NODES), unique=True),
+)
+def test_every_answer_is_that_of_a_fleet_that_keeps_nothing(
+    policy: Policy, steps: list[tuple[object, ...]], demands: list[Demand], names: list[str]
+) -> None:
+    """The same few demands again and again, pods arriving between, GPUs cut anew: what is kept is never stale."""
+    fleet, held = Fleet(policy), dict[str, int]()
+    for number, (verb, *args) in enumerate(steps):
+        if verb == "hold":
+            held[str(args[0])] = int(str(args[1]))
+        if verb == "put" and isinstance(node := args[0], Node):
+            fleet.put(
+                replace(node, devices=tuple(replace(gpu, slots=CUTS[number % 4] * gpu.slots) for gpu in node.devices))
+            )
+        else:
+            getattr(fleet, "observe" if verb == "choose" else str(verb))(*args)
+        new = Fleet(scorer=fleet._scorer)  # noqa: SLF001 - what it has learned follows from the fleet as it was then
+        for known in list(fleet.nodes.values())[::-1]:
+            new.put(known)
+        for key in fleet.charges:
+            new.charge(key, fleet.charges[key])
+        for uuid, slots in held.items():
+            new.hold(uuid, slots)
+        demand = demands[number % len(demands)]
+        assert told(fleet.choose(demand)) == told(new.choose(demand))
+        assert told(fleet.choose(demand, names)) == told(new.choose(demand, names))
+        if (placement := fleet.choose(demand).placement) is not None and number % 3 == 0:
+            fleet.charge(f"pod-{number % 6}", placement.charge(demand))
 
 
 def told(decision: Decision) -> tuple[Placement | None, str, dict[str, Refusal]]:

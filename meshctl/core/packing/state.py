@@ -193,7 +193,8 @@ class State(Table):
         return mean
 
     def tenant_code(self, namespace: str) -> int:
-        return self._tenants.setdefault(namespace, len(self._tenants))
+        """-3 for one that never had an isolated GPU."""
+        return self._tenants.get(namespace, -3)
 
     # -------------------------------------------------------------------------------------------------- its objects
 
@@ -323,7 +324,7 @@ class State(Table):
     def _tenant(self, card: _Card) -> int:
         if card.held or len(card.tenants) > 1:
             return SOMEBODY
-        return self.tenant_code(next(iter(card.tenants))) if card.tenants else NOBODY
+        return self._tenants.setdefault(next(iter(card.tenants)), len(self._tenants)) if card.tenants else NOBODY
 
     def _product(self, product: str) -> int:
         if product not in self.products:
