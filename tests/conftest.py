@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import HealthCheck, settings
 from xdist.remote import Producer
@@ -10,6 +12,8 @@ from xdist.scheduler import LoadScopeScheduling
 # A busy machine is no failure: neither an example's 200 ms nor how long drawing takes.
 settings.register_profile("meshctl", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("meshctl")
+for name in ("COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR"):  # the terminal of whoever runs the tests is none of theirs
+    os.environ.pop(name, None)
 
 
 GPU_NODE = ("gpu_kubelet", "gpu_hour", "gpu_together", "extender_kubelet")
