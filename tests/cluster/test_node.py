@@ -12,12 +12,15 @@ import grpc.aio
 import pytest
 
 from tests.cluster.cluster import Cluster, Document
-from tests.cluster.node import IMAGE, SYSCTLS, Node, require_node
+from tests.cluster.node import IMAGE, NAME, SYSCTLS, Node, require_node
+from tests.cluster.processes import Scheduler
 from tests.harness.tools import DEADLINE_S, completed
 
 pytestmark = pytest.mark.cluster
 FIXED_PATHS = ("/var/lib/kubelet", "/var/lib/containerd", "/run/containerd", "/var/log/pods", "/opt/containerd")
 """Where a kubelet and containerd write when nobody stops them."""
+SCHEDULER = "test-node"
+"""Of the pods here alone: what other tests left in the cluster stays where it is."""
 
 
 @pytest.fixture(autouse=True)
@@ -26,15 +29,18 @@ def _node_possible() -> None:
     require_node()
 
 
-async def test_a_node_runs_pods_and_leaves_the_machine_as_it_was(tmp_path: Path) -> None:
+async def test_a_node_runs_pods_and_leaves_the_machine_as_it_was(cluster: Cluster, tmp_path: Path) -> None:
     """Scheduled by the real scheduler, run to the end, the log read through the API server; then nothing is left.
 
     In between, kubelet and containerd are killed and come back: pods do not notice, and sockets stay where they were.
     """
-    before = _machine()
-    async with Cluster(tmp_path / "cluster", scheduler=True) as cluster:
-        namespace = await cluster.namespace()
-        async with Node(cluster, tmp_path / "node") as node:
+    before, namespace = _machine(), await cluster.namespace()
+    config = {"profiles": [{"schedulerName": SCHEDULER}]}
+    try:
+        async with (
+            Scheduler(tmp_path / "scheduler", cluster.kubeconfig, config),
+            Node(cluster, tmp_path / "node") as node,
+        ):
             await cluster.apply(_pod("stays", namespace, "exec sleep 3600"))
             await _phase(cluster, namespace, "stays", "Running")
             for process in (node.kubelet, node.containerd):
@@ -49,6 +55,9 @@ async def test_a_node_runs_pods_and_leaves_the_machine_as_it_was(tmp_path: Path)
             _connect(node.plugin_dir / "kubelet.sock")
             written = node.enclave.path("/proc/sys/kernel/panic_on_oops").read_text()
             pids, during = _inhabitants(node.enclave.init), _machine()
+    finally:
+        await cluster.kubectl("delete", "pod", "--all", "--namespace", namespace, "--force", "--grace-period=0")
+        await cluster.kubectl("delete", "node", NAME, "--ignore-not-found")
     assert log.startswith("hello\n")
     assert f"/{node.cgroup}/kubepods/" in log
     assert stays["status"]["containerStatuses"][0]["restartCount"] == 0
@@ -123,6 +132,7 @@ def _pod(name: str, namespace: str, script: str) -> Document:
         "kind": "Pod",
         "metadata": {"name": name, "namespace": namespace},
         "spec": {
+            "schedulerName": SCHEDULER,
             "hostNetwork": True,
             "automountServiceAccountToken": False,
             "restartPolicy": "Never",
