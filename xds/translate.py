@@ -22,7 +22,7 @@ subsets (need a metadata match per size class and can't weigh single endpoints).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import lru_cache
@@ -71,12 +71,14 @@ class Resource:
     """As it stands in a response: an Any in field 2 (a virtual host: field 2 of a RouteConfiguration)."""
     digest: int
     """Of name and content, 128 bits."""
-    needs: tuple[str, ...] = ()
-    """Clusters it names."""
+    needs: Collection[str] = ()
+    """Resources it names: of a virtual host its clusters, of a listener its route configuration."""
     weights: tuple[int, ...] = ()
     """Of a load assignment's endpoints."""
     part: int = 0
     """A virtual host: the digest before its domains were claimed, which is what its route alone decides."""
+    parts: tuple[Resource, ...] = ()
+    """A route configuration of several routes: their virtual hosts."""
 
     @property
     def own_digest(self) -> int:
