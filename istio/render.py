@@ -45,13 +45,23 @@ from istio.names import (
 from istio.policies import traffic_policy
 from istio.rules import http_rules
 from istio.tables import Dealer, Ref, Row, class_row, row_over, used
-from meshctl.model import DEFAULT_CLASS, DesiredRoute, EndpointId, Mechanism, RouteId, RoutePlan, RouteSpec, Weights
+from meshctl.model import (
+    DEFAULT_CLASS,
+    DesiredRoute,
+    EndpointId,
+    Mechanism,
+    Protocol,
+    RouteId,
+    RoutePlan,
+    RouteSpec,
+    Weights,
+)
 from meshctl.ports import KubeObject, ObjectKey
 from xds.requests import bare_hosts
 
 PORT = 80
 """Of our hosts; the servers' own ports stand at the endpoints."""
-PORT_NAME = "http"
+PORT_NAMES = {Protocol.HTTP: "http", Protocol.GRPC: "grpc"}
 NO_ADDRESS = "networking.istio.io/enable-autoallocate-ip"
 """Label; "false" keeps istiod from writing an address into the status of a host that nobody resolves."""
 
@@ -86,7 +96,7 @@ def _by_endpoints(plan: RoutePlan) -> Rendered:
     spec, gpus = plan.route.spec, gpu_classes(plan.route.endpoints)
     ready = [e for e in plan.route.endpoints if e.ready]
     # once for all size classes, which share what is in them: of 1000 routes they are 40,000
-    known = {e.id: endpoint_entry(e, gpus[e.gpu], spec, PORT_NAME, 0) for e in ready}
+    known = {e.id: endpoint_entry(e, gpus[e.gpu], spec, PORT_NAMES[spec.protocol], 0) for e in ready}
     entries = []
     for size in _sizes(spec):
         row = row_over(plan.weights.get(size, {}), [e.id for e in ready])
@@ -110,7 +120,7 @@ def _by_subsets(plan: RoutePlan) -> Rendered:
         weighted = [{"destination": _destination(host, gpu), "weight": weight} for gpu, weight in row.items()]
         return weighted or [{"destination": _destination(host)}]
 
-    entries = [endpoint_entry(e, gpus[e.gpu], spec, PORT_NAME, 0) for e in endpoints]
+    entries = [endpoint_entry(e, gpus[e.gpu], spec, PORT_NAMES[spec.protocol], 0) for e in endpoints]
     service = _service_entry(spec, "subsets", host, entries)
     rule = _object(spec, DESTINATION_RULE, "subsets", body)
     return Rendered(spec.id, (service, rule), _virtual_service(spec, http_rules(spec, destinations)))
@@ -132,7 +142,7 @@ def _service_entry(spec: RouteSpec, suffix: str, host: str, endpoints: list[dict
         "hosts": [host],
         "location": "MESH_INTERNAL",
         "resolution": "STATIC",
-        "ports": [{"name": PORT_NAME, "number": PORT, "protocol": "HTTP"}],
+        "ports": [{"name": PORT_NAMES[spec.protocol], "number": PORT, "protocol": str(spec.protocol)}],
         "endpoints": endpoints,
     }
     return _object(spec, SERVICE_ENTRY, suffix, body, {NO_ADDRESS: "false"})
@@ -215,7 +225,9 @@ def _members(route: DesiredRoute, live: Iterable[KubeObject]) -> dict[Ref, list[
             continue
         spec = value.get("spec", {})
         for endpoint in spec.get("endpoints", ()):
-            found = ids.get((endpoint.get("address", ""), endpoint.get("ports", {}).get(PORT_NAME, PORT)))
+            # the only one, whatever it is called: what is live may be of another protocol
+            port = next(iter(endpoint.get("ports", {}).values()), PORT)
+            found = ids.get((endpoint.get("address", ""), port))
             if found is None:
                 continue
             for host in spec.get("hosts", ()):

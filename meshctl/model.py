@@ -55,6 +55,18 @@ class Mechanism(StrEnum):
     SUBSETS = "Subsets"
 
 
+class Protocol(StrEnum):
+    """What the servers of a route speak (spec.backend.protocol)."""
+
+    HTTP = "HTTP"
+    GRPC = "GRPC"
+    """gRPC, over HTTP/2 without upgrade."""
+
+
+PROXY_GROUP = "meshctl"
+"""The group of an xDS client that names none, and of a route that names none."""
+
+
 @dataclass(frozen=True, slots=True)
 class SizeClass:
     """Requests whose batch lies in [min_batch, max_batch], both inclusive."""
@@ -200,6 +212,9 @@ class RouteSpec:
     """A new endpoint's share grows to its full size over this time; 0: at once."""
     origin: Origin | None = None
     """None: not from Kubernetes."""
+    protocol: Protocol = Protocol.HTTP
+    proxy_groups: tuple[str, ...] = (PROXY_GROUP,)
+    """Groups of our own xDS server's clients that are served the route, each once."""
 
     @property
     def meshed(self) -> bool:

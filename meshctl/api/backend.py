@@ -50,7 +50,7 @@ class RouteEndpoint(Strict):
     ]
     """IP address of the server, in its usual form."""
     port: Port
-    """HTTP port of the server."""
+    """Port on which the server takes requests."""
     metrics_port: Port = 8002
     """Port of its metrics (Triton's default)."""
     gpu: GpuProduct
@@ -103,7 +103,7 @@ class ServiceBackend(Strict):
     name: Label
     """Name of the Service."""
     port: PortOrName
-    """HTTP port of the Service, by number or name; requests go to the pods' port behind it."""
+    """Port of the Service for requests, by number or name; requests go to the pods' port behind it."""
     metrics_port: Port = 8002
     """Port of the pods' metrics (Triton's default)."""
     concurrency: Concurrency = 1
@@ -132,6 +132,9 @@ class Backend(Strict):
         | None
     ) = None
     """Static list of servers, each with its GPU product."""
+    protocol: Annotated[core.Protocol, Field(strict=False)] = core.Protocol.HTTP
+    """What the servers speak on their port: `HTTP` (HTTP/1.1), or `GRPC` (HTTP/2 without TLS). Clients with gRPC's
+    `xds:` resolver are served only routes with `GRPC`."""
 
     @model_validator(mode="after")
     def _exactly_one(self) -> Backend:

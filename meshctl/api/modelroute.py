@@ -21,6 +21,7 @@ from meshctl.api.base import (
     DNS_SUBDOMAIN,
     SET,
     Conditions,
+    Label,
     Metadata,
     ModelName,
     Strict,
@@ -148,6 +149,11 @@ class ModelRouteSpec(Strict):
     gateways: Annotated[tuple[Gateway, ...], Field(strict=False, max_length=64, json_schema_extra=SET)] = ()
     """Istio gateways that serve the hosts: `namespace/name`, `name` in the route's namespace, or `mesh` for every
     sidecar. Empty, and not `delegate`: only the proxies of meshctl's own xDS server."""
+    proxy_groups: Annotated[tuple[Label, ...], Field(strict=False, max_length=64, json_schema_extra=SET)] = (
+        core.PROXY_GROUP,
+    )
+    """Groups of xDS clients (Envoys, gRPC programs) that meshctl's own xDS server serves the route to. A client's group
+    is its node metadata `meshctl.io/group`, else its node cluster, else `meshctl`. Empty: none of them."""
     delegate: bool = False
     """True: a VirtualService that others own delegates to ours, which has the route's name and namespace."""
     backend: Backend
@@ -177,9 +183,10 @@ class ModelRouteSpec(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> ModelRouteSpec:
-        again = repeated(list(self.hosts))
-        if again is not None:
-            wrong(f"{self.hosts[again]!r} stands twice; keep one", "hosts", again)
+        for field, names in (("hosts", self.hosts), ("proxyGroups", self.proxy_groups)):
+            again = repeated(names)
+            if again is not None:
+                wrong(f"{names[again]!r} stands twice; keep one", field, again)
         if self.timeout < self.slo.latency:
             both = f"{format_duration(self.timeout)} is shorter than slo.latency, {format_duration(self.slo.latency)}"
             wrong(f"{both}: requests would be cut off before they are late; raise it", "timeout")
@@ -291,6 +298,8 @@ class ModelRoute(Strict):
             retry=spec.retry.retry(),
             warm_up_s=spec.warm_up,
             origin=self._origin(),
+            protocol=spec.backend.protocol,
+            proxy_groups=spec.proxy_groups,
         )
 
     def _gateways(self) -> Iterator[str]:

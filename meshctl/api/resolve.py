@@ -1,9 +1,9 @@
 """Objects -> desired routes: what takes several objects to see.
 
 Decides which servers a route has (static ones, or those found behind its Service), which profile serves it (same
-namespace, same model, by GPU product) and who gets a host that two routes want on the same gateway: the first by id,
-whatever was written first, so that two readers of the same objects agree. Routes that Git's own VirtualService
-delegates to want no hosts, so they never collide.
+namespace, same model, by GPU product) and who gets a host that two routes want on the same gateway, or for the same
+group of proxies: the first by id, whatever was written first, so that two readers of the same objects agree. Routes
+that Git's own VirtualService delegates to want no hosts, so they never collide.
 Invariant: a DesiredRoute that did not change is the SAME object as before, and only then keeps its generation.
 
 A `Resolver` remembers what each route was made from, and looks again only at routes of which a part is another object
@@ -23,12 +23,10 @@ from meshctl.api.document import Fault, Severity
 from meshctl.api.modelprofile import ModelProfile
 from meshctl.api.modelroute import ModelRoute
 from meshctl.api.objects import Declared, Key
-from meshctl.model import DesiredRoute, Endpoint, RouteId, RouteSpec, ServiceProfile
+from meshctl.model import PROXY_GROUP, DesiredRoute, Endpoint, RouteId, RouteSpec, ServiceProfile
 
 Slot = tuple[str, str, str]
 """Namespace, model, GPU product."""
-OWN_PROXIES = ""
-"""Instead of a gateway: the proxies of our own xDS server."""
 
 
 class ServiceRef(NamedTuple):
@@ -205,29 +203,36 @@ def _named(declared: Declared) -> str:
 def _free_hosts(
     declared: Declared, wanted: tuple[str, ...], spec: RouteSpec, owners: dict[tuple[str, str], Declared]
 ) -> tuple[tuple[str, ...], list[Fault]]:
-    """The hosts that no route before it has on any of its gateways (these are now its own), and a fault for each that
+    """The hosts that no route before it has where it wants them (these are now its own), and a fault for each that
     one has."""
     if spec.delegate:
         return wanted, []
-    gateways = spec.gateways or (OWN_PROXIES,)
+    places = _places(spec)
     taken: dict[str, tuple[str, Declared]] = {}
-    for gateway, host in itertools.product(gateways, wanted):
-        if (gateway, host) in owners:
-            taken.setdefault(host, (gateway, owners[gateway, host]))
+    for place, host in itertools.product(places, wanted):
+        if (place, host) in owners:
+            taken.setdefault(host, (place, owners[place, host]))
     free = tuple(host for host in wanted if host not in taken)
     faults = [
         declared.fault(
             f"spec.hosts[{index}]",
-            f"{host!r} is served by {taken[host][1].key}"
-            + (f" on gateway {taken[host][0]}" if taken[host][0] else "")
-            + f", which {'comes first by name' if _created(taken[host][1]) == _created(declared) else 'is older'}; "
+            f"{host!r} is served by {taken[host][1].key}{taken[host][0]}"
+            f", which {'comes first by name' if _created(taken[host][1]) == _created(declared) else 'is older'}; "
             + ("choose other hosts" if free else "this route serves nothing until it has a host of its own"),
         )
         for index, host in enumerate(wanted)
         if host in taken
     ]
-    owners.update({(gateway, host): declared for gateway in gateways for host in free})
+    owners.update({(place, host): declared for place in places for host in free})
     return free, faults
+
+
+def _places(spec: RouteSpec) -> tuple[str, ...]:
+    """Where a host belongs to one route only, in the words of a fault: on each gateway, or, for a route outside of the
+    mesh, for each group of our own proxies."""
+    if spec.gateways:
+        return tuple(f" on gateway {gateway}" for gateway in spec.gateways)
+    return tuple("" if group == PROXY_GROUP else f" for proxy group {group}" for group in spec.proxy_groups)
 
 
 # ----------------------------------------------------------------------------------------------- what is made of it

@@ -84,12 +84,17 @@ GOOD_LINES = [
     classes("name: a, min: 1, max: 2, batch: 1.5", "name: b, min: 3, max: 3"),
     classes("name: b, min: 3, max: 3, share: 1", "name: a, min: 1, max: 2, share: 0"),
     "requestSize: {headers: [x_y, x-y]}",
+    "proxyGroups: []",
+    "proxyGroups: [edge, batch-2]",
 ]
 BAD_LINES = [
     "unknown: 1",
     "hosts: [~]",
     "hosts: [yes]",
     "hosts: ['*', '*']",
+    "proxyGroups: [a, a]",
+    "proxyGroups: [a.b]",
+    "proxyGroups: ['']",
     "hosts: [a]\n  hosts: [b]",
     "expectedLoad: .inf",
     "expectedLoad: 1e999",

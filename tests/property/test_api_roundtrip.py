@@ -55,9 +55,11 @@ def routes(draw: st.DrawFn) -> dict[str, Any]:
     static = {"endpoints": [{"address": "10.0.0.1", "port": port, "gpu": "V100"} for port in ports]}
     service = {"service": {"name": draw(names), "port": draw(st.sampled_from([ports[0], "http"]))}}
     latency_ns = draw(st.integers(1, DAY_NS))
+    protocol = draw(st.sampled_from(["HTTP", "GRPC"]))
     return route(
         draw(names),
-        backend=draw(st.sampled_from([static, service])),
+        backend=draw(st.sampled_from([static, service])) | {"protocol": protocol},
+        proxyGroups=draw(st.lists(names, max_size=3, unique=True)),
         slo={"latency": format_duration(latency_ns / 1e9), "percentile": draw(st.floats(1, 99.99))},
         timeout=format_duration(draw(st.integers(latency_ns, DAY_NS)) / 1e9),
         requestSize={"classes": draw(size_classes())},

@@ -55,7 +55,7 @@ BAD: list[tuple[str, str, Any, str, str]] = [
     ("percentile true", "spec.slo.percentile", True, "spec.slo.percentile", "must be a valid number, not true"),
     ("no backend", "spec.backend", ABSENT, "spec.backend", "is required"),
     ("backend without servers", "spec.backend", {}, "spec.backend", "give either service (a Service"),
-    ("backend of another kind", "spec.backend.pods", {}, "spec.backend.pods", "known: endpoints, service"),
+    ("backend of another kind", "spec.backend.pods", {}, "spec.backend.pods", "known: endpoints, protocol, service"),
     ("backend of both kinds", "spec.backend.service", SERVICE, "spec.backend", "give either service (a Service"),
     ("Service port 0", "spec.backend", {"service": SERVICE | {"port": 0}}, f"{S}.port", "0 is neither a port (1 to"),
     ("Service port as text", "spec.backend", {"service": SERVICE | {"port": "80"}}, f"{S}.port", "without quotes"),
@@ -115,6 +115,9 @@ BAD: list[tuple[str, str, Any, str, str]] = [
     ("suspend yes", "spec.suspend", "yes", "spec.suspend", "must be a valid boolean, not 'yes'"),
     ("host with a scheme", "spec.hosts", ["http://a"], "spec.hosts[0]", "does not match"),
     ("host twice", "spec.hosts", ["a", "a"], "spec.hosts[1]", "'a' stands twice"),
+    ("group twice", "spec.proxyGroups", ["a", "b", "a"], "spec.proxyGroups[2]", "'a' stands twice"),
+    ("group with capitals", "spec.proxyGroups", ["Edge"], "spec.proxyGroups[0]", "does not match"),
+    ("protocol in lower case", "spec.backend.protocol", "grpc", "spec.backend.protocol", "'HTTP' or 'GRPC'"),
     ("no hosts", "spec.hosts", [], "spec.hosts", "is empty; give at least 1"),
     ("hosts is text", "spec.hosts", "a", "spec.hosts", "must be a list, not 'a'"),
     ("guard: step 0", "spec.guard.maxStep", 0, "spec.guard.maxStep", "greater than 0"),
@@ -242,6 +245,14 @@ def test_mesh_fields_are_converted() -> None:
     found = validated(ModelRoute, document(changed(data, "spec.warmUp", "0s"))).route_spec()
     assert found.gateways == ("ml/gw", "istio-system/public", "mesh")
     assert (found.retry, found.warm_up_s, found.meshed) == (core.Retry(1, 0.5, idempotent=True), 0.0, True)
+
+
+def test_whom_our_own_server_serves_is_converted() -> None:
+    """Groups as they stand, none of them too; the servers' protocol is the core's."""
+    data = changed(FULL, "spec.backend.protocol", "GRPC")
+    found = validated(ModelRoute, document(changed(data, "spec.proxyGroups", ["edge", "batch"]))).route_spec()
+    assert (found.protocol, found.proxy_groups) == (core.Protocol.GRPC, ("edge", "batch"))
+    assert validated(ModelRoute, document(route(proxyGroups=[]))).route_spec().proxy_groups == ()
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,25 @@ def test_a_host_is_taken_per_gateway() -> None:
     ]
 
 
+def test_a_host_is_taken_per_group_of_proxies() -> None:
+    """Groups serve the same host apart; a route for no group takes none."""
+    found = resolve(
+        objects(
+            route("a", hosts=["x.com"]),
+            route("b", hosts=["x.com"], proxyGroups=["edge"]),
+            route("c", hosts=["x.com"], proxyGroups=["batch", "edge"]),
+            route("d", hosts=["x.com"], proxyGroups=["batch"]),
+            route("e", hosts=["x.com"], proxyGroups=["meshctl"]),
+            route("f", hosts=["x.com"], proxyGroups=[]),
+        ),
+        {},
+    )
+    assert list(found.routes) == ["default/a", "default/b", "default/d", "default/f"]
+    first, second = [fault.message.split(", which")[0] for fault in found.faults if "served by" in fault.message]
+    assert first == "'x.com' is served by ModelRoute default/b for proxy group edge"
+    assert second == "'x.com' is served by ModelRoute default/a"
+
+
 def aged(value: dict[str, Any], created: str) -> dict[str, Any]:
     return {**value, "metadata": {**value["metadata"], "creationTimestamp": created}}
 
