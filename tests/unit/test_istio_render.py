@@ -32,6 +32,7 @@ from meshctl.model import (
     LoadBalancer,
     Mechanism,
     Origin,
+    Protocol,
     Retry,
     RouteId,
     RoutePlan,
@@ -85,6 +86,18 @@ def test_a_service_entry_has_the_endpoints_with_a_weight() -> None:
     assert spec["hosts"] == [size_host(ROUTE, "small")]
     assert (spec["resolution"], spec["location"]) == ("STATIC", "MESH_INTERNAL")
     assert spec["endpoints"][0]["ports"] == {"http": 8000}
+
+
+@pytest.mark.parametrize("mechanism", Mechanism)
+def test_grpc_servers_are_said_to_be_so(mechanism: Mechanism) -> None:
+    """The port's protocol and name; weights are read back also where what is live still says HTTP."""
+    plan = meshed(ROUTE, {A: 300, B: 700}, protocol=Protocol.GRPC, mechanism=mechanism)
+    rendered = objects(render(plan))
+    for entry in (value["spec"] for value in rendered if value["kind"] == SERVICE_ENTRY):
+        assert [(port["name"], port["protocol"]) for port in entry["ports"]] == [("grpc", "GRPC")]
+        assert [endpoint["ports"] for endpoint in entry["endpoints"]] == [{"grpc": 8000}, {"grpc": 8000}]
+    before = objects(render(meshed(ROUTE, {A: 300, B: 700}, mechanism=mechanism)))
+    assert weights_of(plan.route, before) == weights_of(plan.route, rendered) is not None
 
 
 def test_no_size_class_has_zeros_only_while_something_is_ready() -> None:
