@@ -22,6 +22,8 @@ COMMANDS: dict[str, str] = {
     "status": "meshctl.cli.status:status",
     "routes": "meshctl.cli.routes:routes",
     "explain": "meshctl.cli.explain:explain",
+    "proxy-status": "meshctl.cli.proxies:proxy_status",
+    "proxy-config": "meshctl.cli.proxies:proxy_config",
     "pause": "meshctl.cli.suspend:pause",
     "resume": "meshctl.cli.suspend:resume",
     "solve": "meshctl.cli.solve:solve",

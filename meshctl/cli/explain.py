@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from meshctl.cli.client import DEFAULT_ADMIN, AdminOption, fetch
+from meshctl.cli.client import DEFAULT_ADMIN, AdminOption, fetch, unknown
 from meshctl.cli.output import Output, OutputOption, emit
 from meshctl.errors import InputError
 
@@ -41,8 +41,7 @@ def _full_name(name: str, admin: str) -> str:
         case [only]:
             return only
         case []:
-            listed = f"the routes are: {', '.join(known)}" if known else "the controller serves no route"
-            raise InputError(f"no route {name}; {listed}")
+            raise unknown(f"no route {name}", "routes", known)
         case _:
             raise InputError(f"{name} is ambiguous; write one of: {', '.join(matching)}")
 

@@ -297,7 +297,7 @@ class Loop:
             self._failures[kind] = Problem(problems[0].where, problems[0].message + more, problems[0].route)
 
     def _report_changes(self) -> None:
-        """Log each problem when it comes and when it goes, and count refusals by proxies.
+        """Log each problem when it comes and when it goes.
 
         A problem whose words change stays the same one: some carry times and counts, and would be news on every tick.
         """
@@ -308,8 +308,6 @@ class Loop:
             log.warning("problem", where=now[key].where, message=now[key].message, of=len(come))
         for key in gone[:LOGGED_PROBLEMS]:
             log.info("problem is gone", where=self._reported[key].where, of=len(gone))
-        known = set(self._reported.values())
-        self.metrics.nacks.inc(sum(p.route is None and p not in known for p in found["dataplane"]))
         self._reported = now
 
     def _turn(self) -> None:

@@ -42,7 +42,6 @@ class Metrics:
         self.overruns = Counter(
             "meshctl_tick_overruns", "Ticks that found the signals still being read.", registry=self.registry
         )
-        self.nacks = Counter("meshctl_nacks", "Configurations that a proxy refused.", registry=self.registry)
         self.failures = Counter(
             "meshctl_failures", "What the controller could not do, by activity.", ["activity"], registry=self.registry
         )
