@@ -81,8 +81,8 @@ class StreamStatus:
 def decode(packed: bytes) -> dict[str, Any]:
     """A resource as protobuf's JSON says it, from the bytes it has in a response (field 2, an Any).
 
-    Slow (0.1 ms per endpoint): not for the event loop. What is of no known type, which would be a bug, is said under
-    ``error`` instead of failing the other resources of the same answer. Raises ProtocolError for what is no field.
+    Slow (7 ms for a cluster, as much for ten endpoints): not for a server. What is of no known type, which would be a
+    bug, is said under ``error`` and fails nothing else. Raises ProtocolError for what is no field.
     """
     # Half a second of imports: only for who looks. The three are what resources carry inside, in an Any of their own.
     import envoy_data_plane.envoy.extensions.filters.http.router.v3

@@ -48,15 +48,15 @@ CONTROLLER = Asked("controller", "meshctl run", "--admin (or MESHCTL_ADMIN)", DE
 AGENT = Asked("agent", "meshctl agent", "--agent", "127.0.0.1:18002")
 
 
-def fetch(admin: str, path: str, type_: type[T], asked: Asked = CONTROLLER, timeout_s: float = TIMEOUT_S) -> T:
+def fetch(admin: str, path: str, type_: type[T], asked: Asked = CONTROLLER) -> T:
     """What GET `admin`/api/v1/`path` answers. Raises InputError (the asker's fault) or MeshctlError."""
     url = f"{admin.rstrip('/')}/api/v1/{path}"
     try:
-        status, body = asyncio.run(_get(url, timeout_s))
+        status, body = asyncio.run(_get(url))
     except aiohttp.InvalidURL as error:
         raise InputError(f"{admin!r} is no address ({asked.option}); write for example {asked.example}") from error
     except (aiohttp.ClientError, TimeoutError, OSError) as error:
-        detail = _words(error) or f"no answer within {timeout_s:g} s"
+        detail = _words(error) or f"no answer within {TIMEOUT_S:g} s"
         hint = f"is `{asked.command}` up, and {asked.option} its address?"
         raise MeshctlError(f"cannot reach the {asked.name} at {admin}: {detail}; {hint}") from error
     try:
@@ -77,8 +77,8 @@ def _words(error: Exception) -> str:
     return str(error)
 
 
-async def _get(url: str, timeout_s: float) -> tuple[int, bytes]:
-    timeout = aiohttp.ClientTimeout(total=timeout_s)
+async def _get(url: str) -> tuple[int, bytes]:
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as response:
         return response.status, await response.read()
 

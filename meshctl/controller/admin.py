@@ -12,7 +12,7 @@
 | /api/v1/proxies | list of StreamView: the clients of our xDS server, and how far each is |
 | /api/v1/proxies/{node}/config | ConfigView: what it holds; 404 names the nodes there are |
 
-The last one takes a query: type (cds, eds, lds, rds), name (``*`` for any characters), full=1 for the content.
+The last one takes a query: type (cds, eds, lds, rds), name (``*`` for any characters), full=1 for their bytes.
 
 Degraded is not unready: a controller that can't decide just now still serves its last good plan to proxies that
 reconnect, and taking it out of service would make that worse.
@@ -44,7 +44,6 @@ class AdminServer(HttpServer):
         self._state = state
         self._metrics = metrics
         self._proxies = proxies
-        self._decoding = asyncio.Lock()
         super().__init__(
             [
                 web.get("/readyz", self._readyz),
@@ -101,6 +100,4 @@ class AdminServer(HttpServer):
             return json_response(
                 {"error": f"no proxy {node}", "proxies": sorted({stream.node for stream in streams})}, status=404
             )
-        async with self._decoding:  # one at a time: it takes the interpreter from the ADS streams in between
-            view = await asyncio.to_thread(config_view, node, streams, held, wanted, time.monotonic())
-        return json_response(view)
+        return json_response(await asyncio.to_thread(config_view, node, streams, held, wanted, time.monotonic()))

@@ -1,17 +1,19 @@
 """What the admin API says of the xDS server's clients, as types: made from what the server says, read back by the CLI.
 
-Like `views`: plain values, a time is an age in seconds, unknown is null. A resource is named with its version and size;
-its content is decoded only for who asks for it. Pure.
+Like `views`: plain values, a time is an age in seconds, unknown is null. A resource is named with its version and size,
+and for who asks with its bytes, which the asker decodes: that takes 7 ms each, half a minute for 1000 routes, in which
+this process would serve its proxies late. Pure.
 """
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from xds.inspect import SHORT, StreamStatus, SyncState, TypeStatus, decode
+from xds.inspect import SHORT, StreamStatus, SyncState, TypeStatus
 
 if TYPE_CHECKING:
     from xds.translate import Resource  # with it come the libraries of the data plane, which no reader of a view needs
@@ -61,8 +63,8 @@ class ResourceView:
     route: str
     version: str
     size_bytes: int
-    resource: dict[str, Any] | None
-    """Its content, where that was asked for."""
+    packed: str | None
+    """Its bytes in base64, where they were asked for: `xds.inspect.decode` reads them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ class Wanted:
     name: str = "*"
     """With ``*`` for any characters."""
     full: bool = False
-    """With their content."""
+    """With their bytes."""
 
     def takes(self, kind: str, name: str) -> bool:
         return self.type in ("", kind) and fnmatchcase(name, self.name)
@@ -102,7 +104,7 @@ def config_view(
     wanted: Wanted,
     now_s: float,
 ) -> ConfigView:
-    """Slow when the content is `wanted`: call it outside the event loop."""
+    """What `node` holds of what is `wanted`."""
     resources = [
         ResourceView(
             kind,
@@ -110,7 +112,7 @@ def config_view(
             resource.route,
             f"{resource.digest:032x}",
             len(resource.packed),
-            decode(resource.packed) if wanted.full else None,
+            b64encode(resource.packed).decode() if wanted.full else None,
         )
         for kind in SHORT.values()
         for resource in sorted(held.get(kind, ()), key=lambda r: r.name)

@@ -30,14 +30,14 @@ class _Only(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type h
 
 
 @asynccontextmanager
-async def served(health: Health) -> AsyncIterator[aio.Channel]:
-    """A channel to a server that has nothing but `health`."""
+async def served(health: Health, *options: tuple[str, str]) -> AsyncIterator[aio.Channel]:
+    """A channel with `options` to a server that has nothing but `health`."""
     server = aio.server()
     server.add_generic_rpc_handlers((_Only(health),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
-        async with aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        async with aio.insecure_channel(f"127.0.0.1:{port}", options) as channel:
             yield channel
     finally:
         await server.stop(0)
@@ -122,3 +122,20 @@ async def test_watches_are_bounded_and_ended_ones_make_room() -> None:
                 pass
         again.cancel()
         calls[1].cancel()
+
+
+CHECKED = """{"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig":
+    {"serviceName": "envoy.service.discovery.v3.AggregatedDiscoveryService"}}"""
+"""The service config of a client that looks at the health of its servers."""
+
+
+async def test_grpcs_own_health_checking_follows_it() -> None:
+    """A client of gRPC's with health checking is ready exactly while we say that we serve."""
+    health = Health()
+    async with served(health, ("grpc.service_config", CHECKED)) as channel:
+        for serving in (False, True, False, True):
+            health.set(serving)
+            wanted = grpc.ChannelConnectivity.READY if serving else grpc.ChannelConnectivity.TRANSIENT_FAILURE
+            async with asyncio.timeout(DEADLINE_S):
+                while (state := channel.get_state(try_to_connect=True)) is not wanted:
+                    await channel.wait_for_state_change(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -102,7 +103,7 @@ def test_times_become_ages_and_unknown_stays_unknown() -> None:
 
 
 def test_resources_are_in_order_of_type_and_name() -> None:
-    """Whatever the order they were given in; the content only where it is wanted."""
+    """Whatever the order they were given in; the bytes only where they are wanted."""
     view = config_view("gw-1", (CLIENT, ENVOY), HELD["gw-1"], Wanted(), 1000.0)
     assert [s.node for s in view.streams] == ["gw-1"]
     assert [(r.type, r.name) for r in view.resources] == [
@@ -115,7 +116,7 @@ def test_resources_are_in_order_of_type_and_name() -> None:
         len(resource.packed),
         f"{resource.digest:032x}",
     )
-    assert {r.resource is None for r in view.resources} == {True}
+    assert {r.packed is None for r in view.resources} == {True}
 
 
 @pytest.mark.parametrize(
@@ -131,13 +132,12 @@ def test_what_is_wanted_is_taken(wanted: Wanted, count: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------- API
 
 
-async def test_config_in_full_has_the_content(admin: str) -> None:
-    """As protobuf's JSON says it; the filters hold for it too."""
+async def test_config_in_full_has_the_bytes(admin: str) -> None:
+    """Those that were sent, for the asker to decode; the filters hold for it too."""
     status, view = await get(admin, "proxies/gw-1/config?type=eds&name=demo/resnet/small&full=1")
     assert status == 200
     (found,) = view["resources"]
-    (locality,) = found["resource"]["endpoints"]
-    assert [e["loadBalancingWeight"] for e in locality["lbEndpoints"]] == [600, 400]
+    assert b64decode(found["packed"]) == ROUTE.assignments["demo/resnet/small"].packed
 
 
 async def test_a_node_id_may_have_any_characters(admin: str) -> None:
@@ -211,7 +211,10 @@ async def test_proxy_config_lists_resources_and_json_has_their_content(admin: st
     assert version[:12] in table.out
     full = await meshctl("proxy-config", "gw-1", "eds", "--name", "*/small", "-o", "json", admin=admin)
     (found,) = orjson.loads(full.out)["resources"]
+    assert "packed" not in found
     assert found["resource"]["clusterName"] == "demo/resnet/small"
+    (locality,) = found["resource"]["endpoints"]
+    assert [e["loadBalancingWeight"] for e in locality["lbEndpoints"]] == [600, 400]
 
 
 async def test_proxy_config_of_who_is_not_there_names_those_who_are(admin: str) -> None:
