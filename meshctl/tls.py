@@ -32,8 +32,9 @@ class TlsFiles:
     """With the chain, the server's own first."""
     key: Path
     client_ca: Path | None = None
-    """A client that shows a certificate must have it of one of these; None: nobody is asked for one. Who has none may
-    connect all the same (a kubelet that looks whether we are ready has none): `stranger` says who that is."""
+    """A client that shows a certificate must have it of one of these; None: nobody is asked for one. Whether one
+    without may connect is the server's business: over HTTP it may (a kubelet that looks whether we are ready has none,
+    and `stranger` says who that is), to the xDS server it may not."""
 
     def context(self) -> ssl.SSLContext:
         """Raises InputError naming the files when they can't be used."""
@@ -64,36 +65,51 @@ def stranger(connection: asyncio.BaseTransport | None) -> bool:
     return tls is not None and tls.context.verify_mode is ssl.CERT_OPTIONAL and not tls.getpeercert(binary_form=True)
 
 
+class LastGood:
+    """What the files held when they could last be used together. Blocks while it reads them: a few KB."""
+
+    def __init__(self, files: TlsFiles) -> None:
+        """Raises InputError when they can't be used."""
+        self.files = files
+        self.contents = self._seen = files.contents()
+        self.context = files.context()
+
+    def renewed(self) -> bool:
+        """Looks again; whether there is something new to use. What is of no use is told once, in a warning."""
+        contents = self.files.contents()
+        if contents == self._seen:
+            return False
+        try:
+            context = self.files.context()
+        except InputError as error:
+            self._seen = contents
+            log.warning("the old certificates stay in use", error=str(error))
+            return False
+        if self.files.contents() != contents:  # replaced meanwhile: `context` may be of later ones; the next look tells
+            return False
+        self.contents = self._seen = contents
+        self.context = context
+        log.info("new certificates are in use", files=str(self.files))
+        return True
+
+
 class Renewing:
     """The context of a server whose files are looked at again and again, while `run` does."""
 
     def __init__(self, files: TlsFiles, every_s: float = RELOAD_S) -> None:
         """Raises InputError when the files can't be used."""
-        self._files, self._every_s = files, every_s
-        self._seen = files.contents()
-        self.context = files.context()
-        self._newest = self.context
+        self._newest, self._every_s = LastGood(files), every_s
+        self.context = self._newest.context
         self.context.sni_callback = self._renewed  # at each handshake, also of clients that name no server
 
     async def run(self) -> None:
         """Until it is cancelled."""
         while True:
             await asyncio.sleep(self._every_s)
-            contents = await asyncio.to_thread(self._files.contents)
-            if contents != self._seen:
-                self._seen = contents
-                self._renew()
-
-    def _renew(self) -> None:
-        try:
-            self._newest = self._files.context()
-        except InputError as error:
-            log.warning("the old certificates stay in use", error=str(error))
-        else:
-            log.info("new certificates are in use", files=str(self._files))
+            await asyncio.to_thread(self._newest.renewed)
 
     def _renewed(self, connection: ssl.SSLSocket | ssl.SSLObject, _name: str | None, _: ssl.SSLContext) -> None:
-        connection.context = self._newest
+        connection.context = self._newest.context
 
 
 def _bytes(path: Path) -> bytes:

@@ -21,6 +21,7 @@ from grpc import aio
 from meshctl.errors import InputError, MeshctlError
 from meshctl.model import DataPlaneStatus, Plan, Problem, ProxyStatus
 from xds.cache import Cache
+from xds.credentials import Security
 from xds.subscription import Nack, Subscription
 from xds.translate import Resources
 from xds.wire import ProtocolError, parse_request
@@ -79,13 +80,18 @@ class XdsServer:
         self._news = asyncio.Event()
 
     @classmethod
-    async def start(cls, host: str = "127.0.0.1", port: int = 0) -> XdsServer:
-        """Listens on `host`:`port`; 0 takes a free port (see `port`, `address`). Raises InputError when it can't."""
+    async def start(cls, host: str = "127.0.0.1", port: int = 0, *, security: Security | None = None) -> XdsServer:
+        """Listens on `host`:`port`; 0 takes a free port (see `port`, `address`). Raises InputError when it can't.
+
+        Without `security` it speaks plain text, and believes what it is told.
+        """
+        credentials = None if security is None else security.credentials()
         server = aio.server(options=_OPTIONS)
         self = cls(server, host)
         server.add_generic_rpc_handlers((_Handler(self._serve),))
         try:
-            self.port = server.add_insecure_port(f"{host}:{port}")
+            place = f"{host}:{port}"
+            self.port = server.add_secure_port(place, credentials) if credentials else server.add_insecure_port(place)
         except RuntimeError as error:
             raise InputError(f"the xDS server can't listen on {host}:{port}: {error}; choose another --xds") from error
         await server.start()

@@ -12,13 +12,13 @@ import typer
 
 from meshctl.cli.heap import share_heap
 from meshctl.cli.policy import PolicyOption
+from meshctl.cli.tls import tls_files
 from meshctl.core.packing.vocabulary import Policy
 from meshctl.errors import InputError
 
 if TYPE_CHECKING:
     from meshctl.extender.main import Config
     from meshctl.ports import ObjectKey
-    from meshctl.tls import TlsFiles
 
 YOUNG, NEVER = 50_000, 1_000_000_000
 """New objects after which the garbage collector looks through these; 700 by default, several times in each request."""
@@ -65,7 +65,7 @@ def extender(
     config = Config(
         kubeconfig=kubeconfig,
         listen=Address.parse(listen, "--listen"),
-        tls=_tls(tls_cert, tls_key, client_ca),
+        tls=tls_files("", tls_cert, tls_key, client_ca),
         policy=policy,
         lease=lease,
         pod=_pod(pod),
@@ -89,17 +89,6 @@ def _pod(text: str | None) -> ObjectKey | None:
     if text is None and os.environ.get("POD_NAME"):
         text = f"{os.environ.get('NAMESPACE', '')}/{os.environ['POD_NAME']}"
     return ObjectKey("Pod", *_namespaced("--pod (or $NAMESPACE/$POD_NAME)", text)) if text else None
-
-
-def _tls(cert: Path | None, key: Path | None, client_ca: Path | None) -> TlsFiles | None:
-    """None: plain HTTP. Raises InputError for options that belong together."""
-    from meshctl.tls import TlsFiles
-
-    if cert is None and key is None and client_ca is None:
-        return None
-    if cert is None or key is None:
-        raise InputError("--tls-cert, --tls-key and --client-ca belong together: give the first two, or none of them")
-    return TlsFiles(cert, key, client_ca)
 
 
 async def _serve(config: Config) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meshctl.cli.heap import share_heap
+from meshctl.cli.tls import xds_tls
 from meshctl.errors import InputError
 
 if TYPE_CHECKING:
@@ -50,6 +51,23 @@ def run(
     prometheus: Annotated[str | None, typer.Option(metavar="URL", help="Take signals from this Prometheus.")] = None,
     scrape: Annotated[bool, typer.Option("--scrape", help="Scrape endpoints and proxies directly (default).")] = False,
     xds: Annotated[str, typer.Option(metavar="HOST:PORT", help="Where proxies connect.")] = "127.0.0.1:18000",
+    xds_tls_cert: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Certificate (PEM, with its chain): serve proxies over TLS.")
+    ] = None,
+    xds_tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="Its key (PEM, no password).")] = None,
+    xds_client_ca: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Serve only proxies with a certificate of this CA (PEM).")
+    ] = None,
+    xds_identities: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Which certificate is for which groups of proxies (default: each for the one that it is named after).",
+        ),
+    ] = None,
+    xds_insecure: Annotated[
+        bool, typer.Option("--xds-insecure", help="Let others reach --xds in plain text, and believe what they say.")
+    ] = False,
     admin: Annotated[str, typer.Option(metavar="HOST:PORT", help="Admin API and metrics.")] = "127.0.0.1:18001",
     state: Annotated[
         Path | None, typer.Option(metavar="FILE", help="With --manifests: state file (default: under XDG_STATE_HOME).")
@@ -68,11 +86,14 @@ def run(
     from meshctl.cli.logs import configure_logs
     from meshctl.controller.config import Config
 
+    xds_address = Address.parse(xds, "--xds")
     config = Config(
         manifests=manifests,
         cluster=_cluster(manifests, kubeconfig, tuple(namespace or ()), lease, tuple(istiod or ()), istio=istio),
         prometheus=prometheus,
-        xds=Address.parse(xds, "--xds"),
+        xds=xds_address,
+        xds_tls=xds_tls(xds_address, xds_tls_cert, xds_tls_key, xds_client_ca, xds_identities, insecure=xds_insecure),
+        xds_identities=xds_identities,
         admin=Address.parse(admin, "--admin"),
         state=state,
         tick_s=_positive_s("--tick", tick),

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from meshctl.address import Address
+
+if TYPE_CHECKING:
+    from meshctl.tls import TlsFiles
 
 DEFAULT_XDS = Address("127.0.0.1", 18000)
 DEFAULT_ADMIN = Address("127.0.0.1", 18001)
@@ -38,6 +42,10 @@ class Config:
     """URL; None scrapes the endpoints and proxies directly."""
     xds: Address = DEFAULT_XDS
     """Port 0 takes a free one, here and for `admin`."""
+    xds_tls: TlsFiles | None = None
+    """None: plain text, which the command line allows on loopback or on request only."""
+    xds_identities: Path | None = None
+    """Who may have which group of proxies; None: whom the group is named after."""
     admin: Address = DEFAULT_ADMIN
     state: Path | None = None
     """State file; None takes the one that belongs to `manifests`. With a cluster there is none: what is in force is

@@ -24,6 +24,7 @@ from meshctl.controller.loop import Loop
 from meshctl.controller.metrics import Metrics
 from meshctl.errors import InputError
 from meshctl.ports import Clock, SignalSource
+from xds.credentials import Security
 from xds.server import XdsServer
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ async def running(config: Config) -> AsyncIterator[Controller]:
 
             parts = await stack.enter_async_context(cluster_parts(config.cluster, clock))
             metrics.observe_gpus(parts.gpus)
-        server = await XdsServer.start(config.xds.host, config.xds.port)
+        security = None if config.xds_tls is None else Security.load(config.xds_tls, config.xds_identities)
+        server = await XdsServer.start(config.xds.host, config.xds.port, security=security)
         stack.push_async_callback(server.stop)  # for a start that fails; harmless after the loop's own
         loop = _loop(config, clock, metrics, server, parts)
         stack.push_async_callback(loop.stop)

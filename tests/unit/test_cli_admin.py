@@ -177,6 +177,8 @@ WRONG = {
     "both": (["run", "--manifests", ".", "--scrape", "--prometheus", "http://x"], "exclude each other"),
     "no host": (["run", "--manifests", ".", "--xds", "18000"], "--xds: '18000' is not HOST:PORT"),
     "port too large": (["run", "--manifests", ".", "--admin", "h:99999"], "--admin: 'h:99999' is not HOST:PORT"),
+    "open to all": (["run", "--manifests", ".", "--xds", "[::]:0"], "--xds [::]:0 can be reached by others"),
+    "half of TLS": (["run", "--manifests", ".", "--xds-tls-cert", "c"], "--xds-client-ca belong together"),
     "no unit": (["run", "--manifests", ".", "--tick", "1"], "--tick has no unit"),
     "zero tick": (["run", "--manifests", ".", "--tick", "0s"], "--tick must be more than 0"),
     "no cluster": (["run", "--kubeconfig", "nowhere"], "nowhere: no such file; name a kubeconfig"),
