@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,13 +14,15 @@ from meshctl.cli.routes import routes_table
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
 
-    from meshctl.controller.views import StatusView
+    from meshctl.controller.views import ProxyView, StatusView
 
 REFRESH_S = 1.0
 """The controller's tick: nothing changes faster but by hand."""
 
 PROBLEMS_SHOWN = 10
 """Of each source: a fleet that is down must not scroll everything else away."""
+PROXIES_SHOWN = 20
+"""Where there are hundreds, those in sync are of no interest."""
 
 WatchOption = Annotated[bool, typer.Option("-w", "--watch", help="Keep showing it, until Ctrl-C.")]
 
@@ -41,7 +44,7 @@ def _render(view: StatusView) -> Group:
     from rich.console import Group
     from rich.markup import escape
 
-    parts: list[RenderableType] = [_headline(view), _proxies(view), routes_table(view.routes)]
+    parts: list[RenderableType] = [_headline(view), proxies_table(view.proxies), routes_table(view.routes)]
     for source, problems in view.problems.items():
         shown = problems[:PROBLEMS_SHOWN]
         parts += [f"[red]{source}[/] " + escape(f"{problem.where}: {problem.message}") for problem in shown]
@@ -59,14 +62,21 @@ def _headline(view: StatusView) -> str:
     )
 
 
-def _proxies(view: StatusView) -> RenderableType:
+def proxies_table(proxies: Sequence[ProxyView]) -> RenderableType:
+    """A line per proxy, those first that are not in sync; of many the rest is counted."""
+    from rich.console import Group
     from rich.markup import escape
     from rich.table import Table
 
-    if not view.proxies:
+    if not proxies:
         return "[yellow]no proxy is connected[/]; `meshctl envoy bootstrap` prints what one needs"
     table = Table("Proxy", "Admin", "State")
-    for proxy in view.proxies:
+    late_first = sorted(proxies, key=lambda proxy: proxy.synced)
+    for proxy in late_first[:PROXIES_SHOWN]:
         state = f"[red]refused:[/] {escape(proxy.error)}" if proxy.error else "synced" if proxy.synced else "pending"
         table.add_row(escape(proxy.node), escape(proxy.admin) or "-", state)
-    return table
+    rest = late_first[PROXIES_SHOWN:]
+    if not rest:
+        return table
+    late = sum(not proxy.synced for proxy in rest)
+    return Group(table, f"and {len(rest)} more, {late} of them not in sync; `meshctl proxy-status` shows all")

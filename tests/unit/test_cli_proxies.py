@@ -5,16 +5,20 @@ from __future__ import annotations
 from base64 import b64decode
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 from urllib.parse import quote
 
 import aiohttp
 import orjson
 import pytest
+from rich.console import Console, RenderableType
 
+from meshctl.cli.status import proxies_table
 from meshctl.controller.admin import AdminServer
 from meshctl.controller.loop import Loop
 from meshctl.controller.proxies import StreamView, TypeView, Wanted, config_view, stream_views
+from meshctl.controller.views import ProxyView
 from meshctl.ports import Desired
 from tests.harness.controller import ANY_PORT, DEADLINE_S, ManualClock, MemoryProxies, MemorySignals, MemorySource
 from tests.harness.envoy import route_plan
@@ -224,3 +228,18 @@ async def test_proxy_config_of_who_is_not_there_names_those_who_are(admin: str) 
     wrong = await meshctl("proxy-config", "gw-1", "sds", admin=admin)
     assert wrong.status == 2
     assert "sds" in wrong.err
+
+
+def test_status_shows_the_late_of_many_proxies_first() -> None:
+    """And counts the rest; few are all shown."""
+    proxies = [ProxyView(f"gw-{i:03}", "", i != 77, "") for i in range(100)]
+    shown = drawn(proxies_table(proxies))
+    assert [line.split()[1] for line in shown.splitlines() if "gw-" in line][:2] == ["gw-077", "gw-000"]
+    assert "and 80 more, 0 of them not in sync; `meshctl proxy-status` shows all" in shown
+    assert "more" not in drawn(proxies_table(proxies[:20]))
+
+
+def drawn(table: RenderableType) -> str:
+    page = StringIO()
+    Console(width=120, file=page).print(table)
+    return page.getvalue()
