@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from meshctl.address import Address
-from xds.subscription import GATEWAY_CLUSTER
+from meshctl.model import PROXY_GROUP
 from xds.translate import ROUTE_CONFIGURATION
 from xds.wire import ADMIN_METADATA
 
@@ -44,7 +44,7 @@ def bootstrap(xds: Address, listen: Address, admin: Address, node_id: str) -> di
 def base(admin: Address, node_id: str) -> dict[str, Any]:
     """What every bootstrap of ours has: who it is, admin interface, limits."""
     return {
-        "node": {"id": node_id, "cluster": GATEWAY_CLUSTER, "metadata": {ADMIN_METADATA: str(admin)}},
+        "node": {"id": node_id, "cluster": PROXY_GROUP, "metadata": {ADMIN_METADATA: str(admin)}},
         "admin": {"address": socket_address(admin)},
         "layered_runtime": {
             "layers": [

@@ -2,9 +2,12 @@
 
 Invariants
 - A route is published whole: its clusters, load assignments and virtual host are all of one plan.
+- Each group of clients is served the routes that name it, and no others; a group is made when a route or a client first
+  names it, and nothing is kept of the names that clients make up.
 - A resource that a gateway refused (NACK) is quarantined by content: nothing with that content is published again. Its
   route goes back to the last resources that a proxy accepted in full; the other routes go on.
 - What some proxy did accept is not quarantined when another one refuses it: then that proxy differs, not the resource.
+- A publish that fails (InconsistentError) changes nothing, in no group.
 
 A RoutePlan that is the SAME object as before costs nothing; of the others, what has the same bytes keeps its object.
 Messages are dropped once encoded: 1000 routes of 10 endpoints are a few MB.
@@ -13,19 +16,21 @@ Messages are dropped once encoded: 1000 routes of 10 endpoints are a few MB.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from meshctl.model import Plan, RouteId, RoutePlan
-from xds.snapshot import Snapshot, build, changed
+from meshctl.model import PROXY_GROUP, Plan, Problem, RouteId, RoutePlan
+from xds.snapshot import Group, Snapshot
 from xds.subscription import Nack
+from xds.table import Table
 from xds.translate import Resource, RouteResources, translate_route
+from xds.wire import Flavour
 
-RETIRED_KEPT = 8
-"""Publishes for which a removed cluster is remembered, for proxies that reconnect with routes to it."""
 GOOD_KEPT = 3
 """Accepted states remembered per route: the newest may still be refused by a proxy that is slower."""
+Key = tuple[str, Flavour]
+"""A group by name, in the resources of one kind of client."""
 
 
 @dataclass(slots=True)
@@ -55,36 +60,65 @@ class Cache:
     """See the module."""
 
     def __init__(self) -> None:
-        self.snapshot: Snapshot | None = None
-        """What proxies should have; None until the first plan: a restart says nothing before it knows."""
         self._routes: dict[RouteId, _Route] = {}
-        self._retired: deque[tuple[Mapping[str, Resource], Mapping[str, Resource]]] = deque(maxlen=RETIRED_KEPT)
-        """Clusters and load assignments that a publish removed."""
+        self._groups: dict[Key, Group] = {}
+        """None before the first plan: a restart says nothing before it knows."""
+        self._unproven: set[RouteId] = set()
+        """Routes published since a proxy last accepted all that was published."""
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """What the Envoys of the default group should have; None until the first plan."""
+        return self.snapshot_of(PROXY_GROUP, Flavour.ENVOY)
+
+    def snapshot_of(self, group: str, flavour: Flavour) -> Snapshot | None:
+        """What the clients of a group should have; None until the first plan."""
+        if not self._groups:
+            return None
+        found = self._groups.get((group, flavour))
+        if found is None:
+            members = self._members(group)
+            found = Group.empty(flavour).updated(members)
+            if members:
+                self._groups[group, flavour] = found
+        return found.snapshot
+
+    @property
+    def version(self) -> str:
+        """Content hash of what all groups of Envoys are served; "" before the first plan."""
+        tables = [
+            table for key, group in self._groups.items() if key[1] is Flavour.ENVOY for table in group.snapshot.tables
+        ]
+        return Table({}, sum(table.digest for table in tables)).version if tables else ""
+
+    @property
+    def problems(self) -> tuple[Problem, ...]:
+        """Hosts that two routes of one group claim."""
+        found = [p for key, g in self._groups.items() if key[1] is Flavour.ENVOY for p in g.snapshot.problems]
+        return tuple(dict.fromkeys(found))
 
     @property
     def quarantined(self) -> Mapping[RouteId, str]:
         """Routes whose newest resources were refused, with the proxy's words."""
-        errors = {route: state.error(state.wanted) for route, state in sorted(self._routes.items()) if state.refused}
-        return MappingProxyType({route: error for route, error in errors.items() if error is not None})
+        errors = {route: state.error(state.wanted) for route, state in self._routes.items() if state.refused}
+        return MappingProxyType({route: error for route, error in sorted(errors.items()) if error is not None})
 
     def apply(self, plan: Plan) -> int:
         """Publishes `plan`; how many resources changed. Raises InconsistentError, and then publishes nothing."""
-        if self.snapshot is not None and self._unchanged(plan):
+        if self._groups and self._unchanged(plan):
             return 0
-        wanted = {route: self._translated(route, plan.routes[route]) for route in sorted(plan.routes)}
-        return self.put(wanted, plan.routes)
+        return self.put({r: self._translated(r, routed) for r, routed in plan.routes.items()}, plan.routes)
 
     def put(
         self, wanted: Mapping[RouteId, RouteResources], plans: Mapping[RouteId, RoutePlan] = MappingProxyType({})
     ) -> int:
         """Publishes resources as they are: what `apply` does with a plan's."""
-        before = self._routes
-        self._routes = {route: self._merged(route, wanted[route], plans.get(route)) for route in sorted(wanted)}
-        try:
-            return self._publish()
-        except Exception:
-            self._routes = before
-            raise
+        new = {}
+        for route, resources in wanted.items():
+            known, plan = self._routes.get(route), plans.get(route)
+            if known is None or known.wanted is not resources or known.plan is not plan:
+                new[route] = self._merged(known, resources, plan)
+        return self._publish(new, self._routes.keys() - wanted.keys())
 
     def refuse(self, nack: Nack) -> bool:
         """Quarantines what `nack` was about; whether that changed what is published.
@@ -92,21 +126,27 @@ class Cache:
         A response is refused as a whole. The suspects in it are the resources that no proxy has accepted, and of those
         the ones that the proxy names, if it names any.
         """
-        suspects = [r for r in nack.contents.values() if not self._accepted(r)]
-        named = [r for r in suspects if r.name in nack.error]
-        for resource in named or suspects:
-            state = self._routes.get(resource.route)
-            if state is not None:
-                state.refused[resource.own_digest] = f"{nack.node.id}: {nack.error}"
-        return bool(suspects) and self._publish() > 0
+        parts = [part for resource in nack.contents for part in resource.parts or (resource,)]
+        suspects = [r for r in parts if not self._accepted(r)]
+        named = [r for r in suspects if r.name in nack.error] or suspects
+        states = {r.route: self._routes[r.route] for r in named if r.route in self._routes}
+        for resource in named:
+            if resource.route in states:
+                states[resource.route].refused[resource.own_digest] = f"{nack.node.id}: {nack.error}"
+        return bool(states) and self._publish(states) > 0
 
     def accept(self, snapshot: Snapshot) -> None:
         """A proxy has accepted all of `snapshot`."""
-        if snapshot is not self.snapshot:
+        if not self._unproven:
             return
-        for state in self._routes.values():
-            if state.published is not None and (not state.good or state.good[-1] is not state.published):
-                state.good.append(state.published)
+        for group in self._groups.values():
+            if group.snapshot is not snapshot:
+                continue
+            for route in [r for r in self._unproven if r in group.routes]:
+                state = self._routes[route]
+                if state.published is group.routes[route]:
+                    state.good.append(state.published)
+                    self._unproven.discard(route)
 
     def _unchanged(self, plan: Plan) -> bool:
         if len(plan.routes) != len(self._routes):
@@ -116,11 +156,12 @@ class Cache:
 
     def _translated(self, route: RouteId, plan: RoutePlan) -> RouteResources:
         known = self._routes.get(route)
-        return known.wanted if known is not None and known.plan is plan else translate_route(plan)
+        if known is None:
+            return translate_route(plan)
+        return known.wanted if known.plan is plan else translate_route(plan)
 
-    def _merged(self, route: RouteId, wanted: RouteResources, plan: RoutePlan | None) -> _Route:
+    def _merged(self, known: _Route | None, wanted: RouteResources, plan: RoutePlan | None) -> _Route:
         """A new state, so that a publish that fails leaves the old one as it was."""
-        known = self._routes.get(route)
         if known is None:
             return _Route(plan, wanted)
         return _Route(plan, _shared(known.wanted, wanted), known.published, known.good, known.refused)
@@ -131,23 +172,43 @@ class Cache:
             return False
         return any(resource.own_digest == r.own_digest for good in state.good for r in resources_of(good))
 
-    def _publish(self) -> int:
-        chosen = {route: state.best() for route, state in self._routes.items()}
-        resources = [best for best in chosen.values() if best is not None]
-        old = self.snapshot
-        if old is not None:
-            self._retire(old, {name for r in resources for name in r.clusters})
-        clusters, assignments = ({n: r for gone in self._retired for n, r in gone[i].items()} for i in (0, 1))
-        snapshot = build(resources, clusters, assignments)
-        for route, best in chosen.items():
-            self._routes[route].published = best
-        self.snapshot = snapshot
-        return changed(old, snapshot)
+    def _members(self, group: str) -> list[RouteResources]:
+        states = self._routes.values()
+        return [s.published for s in states if s.published is not None and group in s.published.groups]
 
-    def _retire(self, old: Snapshot, kept: set[str]) -> None:
-        gone = [name for name in old.clusters if name not in kept]
-        if gone:
-            self._retired.append(({n: old.clusters[n] for n in gone}, {n: old.assignments[n] for n in gone}))
+    def _publish(self, new: Mapping[RouteId, _Route], gone: Collection[RouteId] = ()) -> int:
+        """Puts `new` states in and takes `gone` ones out, in every group or in none; how many resources changed."""
+        best = {route: state.best() for route, state in new.items()}
+        groups = self._updated(best, gone)
+        count = sum(
+            group.snapshot.changed(self._groups[key].snapshot if key in self._groups else Snapshot())
+            for key, group in groups.items()
+            if key[1] is Flavour.ENVOY
+        )
+        for route in gone:
+            del self._routes[route]
+        self._routes.update(new)
+        for route, resources in best.items():
+            state = self._routes[route]
+            if resources is not None and (not state.good or state.good[-1] is not resources):
+                self._unproven.add(route)
+            state.published = resources
+        self._unproven.difference_update(gone)
+        self._groups = groups
+        return count
+
+    def _updated(self, best: Mapping[RouteId, RouteResources | None], gone: Collection[RouteId]) -> dict[Key, Group]:
+        """All groups after the change. Raises InconsistentError."""
+        groups = dict(self._groups)
+        named = {PROXY_GROUP, *(name for r in best.values() if r is not None for name in r.groups)}
+        for name in sorted(named):
+            if (name, Flavour.ENVOY) not in groups:
+                groups[name, Flavour.ENVOY] = Group.empty(Flavour.ENVOY).updated(self._members(name))
+        for key, group in groups.items():
+            changed = [r for r in best.values() if r is not None and key[0] in r.groups]
+            left = [route for route, r in best.items() if r is None or key[0] not in r.groups]
+            groups[key] = group.updated(changed, (*gone, *left))
+        return {key: group for key, group in groups.items() if group.routes or key == (PROXY_GROUP, Flavour.ENVOY)}
 
 
 def resources_of(route: RouteResources) -> Iterator[Resource]:
@@ -159,15 +220,19 @@ def resources_of(route: RouteResources) -> Iterator[Resource]:
 
 def _shared(old: RouteResources, new: RouteResources) -> RouteResources:
     """`new`, with the objects of `old` where they are the same: a weight change copies nothing but the weights."""
-    if old == new:
+    if old == new and _products(old) == _products(new):
         return old
-    return RouteResources(
-        new.route,
-        new.hosts,
-        {name: _reused(old.clusters.get(name), r) for name, r in new.clusters.items()},
-        {name: _reused(old.assignments.get(name), r) for name, r in new.assignments.items()},
-        _reused(old.virtual_host, new.virtual_host),
+    return replace(
+        new,
+        clusters={name: _reused(old.clusters.get(name), r) for name, r in new.clusters.items()},
+        assignments={name: _reused(old.assignments.get(name), r) for name, r in new.assignments.items()},
+        virtual_host=_reused(old.virtual_host, new.virtual_host),
     )
+
+
+def _products(route: RouteResources) -> tuple[str, ...]:
+    """The GPUs behind the endpoints, which Envoy is not told of and gRPC clients are."""
+    return () if route.plan is None else tuple(e.gpu for e in route.plan.route.endpoints)
 
 
 def _reused(old: Resource | None, new: Resource) -> Resource:

@@ -40,7 +40,7 @@ class XdsMetrics:
             "meshctl_xds_rejected_streams", "Streams that the server ended, by why.", ["reason"], registry=registry
         )
         # All from the start, as zeros: rate() needs them.
-        self._requests = {kind: requests.labels(SHORT[kind]) for kind in TypeUrl}
+        self._requests: dict[str, Counter] = {kind: requests.labels(SHORT[kind]) for kind in TypeUrl}
         self._pushes = {kind: pushes.labels(SHORT[kind]) for kind in TypeUrl}
         self._sent = {kind: sent.labels(SHORT[kind]) for kind in TypeUrl}
         self._nacks = {kind: nacks.labels(SHORT[kind]) for kind in TypeUrl}
@@ -62,8 +62,10 @@ class XdsMetrics:
     def stream_closed(self, protocol: str) -> None:
         self._streams[protocol].dec()
 
-    def requested(self, kind: TypeUrl) -> None:
-        self._requests[kind].inc()
+    def requested(self, kind: str) -> None:
+        """`kind` as the client says it; what is no type of ours is not counted: it would be a label."""
+        if kind in self._requests:
+            self._requests[kind].inc()
 
     def pushed(self, kind: TypeUrl, size_bytes: int) -> None:
         self._pushes[kind].inc()

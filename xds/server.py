@@ -1,17 +1,22 @@
-"""The ADS server: StreamAggregatedResources, state of the world, on grpc.aio. An `Actuator`.
+"""The xDS server: aggregated and single-type discovery, state of the world and delta, on grpc.aio. An `Actuator`.
 
 What is sent to whom and when is `Subscription`'s business, what is published is `Cache`'s; this module moves bytes.
 Requests and responses are raw bytes to gRPC (the responses are already encoded). All of it runs on one event loop, so
 nothing is locked.
 
-One bad peer never disturbs another: what is not a DiscoveryRequest ends that one stream with INVALID_ARGUMENT, and a
-proxy that stops reading holds up only its own writer.
+Invariants
+- One bad client never disturbs another: what is no request ends that one stream with INVALID_ARGUMENT, one that stops
+  reading holds up only its own writer and is disconnected in the end, and `Limits` bound what any of them can take.
+- An idle stream is one task that reads. A writer exists while there is something to write.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -21,81 +26,96 @@ from grpc import aio
 from meshctl.errors import InputError, MeshctlError
 from meshctl.model import DataPlaneStatus, Plan, Problem, ProxyStatus
 from xds.cache import Cache
+from xds.channel import Answer
 from xds.credentials import Security
-from xds.subscription import Nack, Subscription
-from xds.translate import Resources
-from xds.wire import ProtocolError, parse_request
+from xds.health import Health
+from xds.identity import NotAllowedError
+from xds.inspect import SHORT, StreamStatus
+from xds.limits import Limits
+from xds.metrics import XdsMetrics
+from xds.snapshot import Snapshot
+from xds.stream import Stream
+from xds.translate import Resource, Resources
+from xds.wire import ProtocolError, TypeUrl, parse_delta_request, parse_request
 
 log = structlog.get_logger(__name__)
 
-_SERVICE = "envoy.service.discovery.v3.AggregatedDiscoveryService"
-_METHOD = f"/{_SERVICE}/StreamAggregatedResources"
+_DISCOVERY = {
+    None: ("discovery.v3.AggregatedDiscoveryService", "AggregatedResources"),
+    TypeUrl.CLUSTER: ("cluster.v3.ClusterDiscoveryService", "Clusters"),
+    TypeUrl.ENDPOINT: ("endpoint.v3.EndpointDiscoveryService", "Endpoints"),
+    TypeUrl.LISTENER: ("listener.v3.ListenerDiscoveryService", "Listeners"),
+    TypeUrl.ROUTE: ("route.v3.RouteDiscoveryService", "Routes"),
+}
+METHODS: Mapping[str, tuple[TypeUrl | None, bool]] = MappingProxyType(
+    {
+        f"/envoy.service.{service}/{kind}{resources}": (only, kind == "Delta")
+        for only, (service, resources) in _DISCOVERY.items()
+        for kind in ("Stream", "Delta")
+    }
+)
+"""Each method that is served: the one type that its streams are for (None: all), and whether it is incremental."""
 STOP_GRACE_S = 0.2
 """For what is being written. Streams are ended by us: they never end by themselves."""
+NEWS_S = 0.01
+"""Those who wait for a change are woken this often at most: a thousand acknowledgements are one piece of news."""
 
 _STREAM_ERRORS = (aio.InternalError, aio.UsageError, aio.AbortError)
 """What gRPC raises when a response can't be written any more: the proxy is gone."""
 
-_OPTIONS = (
-    # Two servers on one port would each see half of the proxies.
-    ("grpc.so_reuseport", 0),
-    # A proxy that vanished without a FIN is noticed within 40 s, even with nothing to send.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    # Our bootstrap makes Envoy ping; gRPC's defaults would hang up on it ("too many pings").
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-    ("grpc.http2.max_ping_strikes", 0),
-    # 100,000 names of clusters; anything larger is no DiscoveryRequest.
-    ("grpc.max_receive_message_length", 16 * 2**20),
-    ("grpc.max_send_message_length", -1),
-)
-
-
-class _Stream:
-    """One connected proxy."""
-
-    def __init__(self, peer: str) -> None:
-        self.peer = peer
-        self.subscription = Subscription()
-        self.wake = asyncio.Event()
-        self.reader: asyncio.Task[None] | None = None
-        self.garbage = ""
-        """Why what it sent was no request; "" while it was."""
-
-    @property
-    def name(self) -> str:
-        return self.subscription.node.id or f"unnamed at {self.peer}"
-
 
 class XdsServer:
-    """Publishes plans to every connected proxy. Create with `start`; all methods belong to the loop that did."""
+    """Publishes plans to every connected client. Create with `start`; all methods belong to the loop that did."""
 
-    def __init__(self, server: aio.Server, host: str) -> None:
+    def __init__(self, server: aio.Server, host: str, security: Security | None, limits: Limits, metrics: XdsMetrics):
         self.host = host
         self.port = 0
         self._server = server
+        self._security = security
+        self._limits = limits
+        self._metrics = metrics
+        self._health = Health()
         self._cache = Cache()
-        self._streams: dict[int, _Stream] = {}
+        self._streams: dict[int, Stream] = {}
+        self._peers: Counter[str] = Counter()
+        self._starting: set[Stream] = set()
+        self._queue: deque[Stream] = deque()
+        """Streams that wait until others are up to date."""
+        self._turn = 0
+        self._stopping = False
         self._news = asyncio.Event()
+        self._told_s = 0.0
+        self._telling: asyncio.TimerHandle | None = None
+        self._status: DataPlaneStatus | None = None
+        metrics.observe(self._responses_due, lambda: len(self._queue))
 
     @classmethod
-    async def start(cls, host: str = "127.0.0.1", port: int = 0, *, security: Security | None = None) -> XdsServer:
-        """Listens on `host`:`port`; 0 takes a free port (see `port`, `address`). Raises InputError when it can't.
-
-        Without `security` it speaks plain text, and believes what it is told.
-        """
+    async def start(
+        cls,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        *,
+        security: Security | None = None,
+        limits: Limits | None = None,
+        metrics: XdsMetrics | None = None,
+    ) -> XdsServer:
+        """Listens on `host`:`port`; 0 takes a free port (see `port`, `address`). Plain text without `security`. Raises
+        InputError when it can't."""
+        limits = limits or Limits()
+        server = aio.server(options=_options(limits))
+        self = cls(server, host, security, limits, metrics or XdsMetrics())
+        server.add_generic_rpc_handlers((_Handler(self._serve, self._health),))
+        address = f"{host}:{port}"
         credentials = None if security is None else security.credentials()
-        server = aio.server(options=_OPTIONS)
-        self = cls(server, host)
-        server.add_generic_rpc_handlers((_Handler(self._serve),))
         try:
-            place = f"{host}:{port}"
-            self.port = server.add_secure_port(place, credentials) if credentials else server.add_insecure_port(place)
+            if credentials is None:
+                self.port = server.add_insecure_port(address)
+            else:
+                self.port = server.add_secure_port(address, credentials)
         except RuntimeError as error:
-            raise InputError(f"the xDS server can't listen on {host}:{port}: {error}; choose another --xds") from error
+            raise InputError(f"the xDS server can't listen on {address}: {error}; choose another --xds") from error
         await server.start()
-        log.info("xds.listening", address=self.address)
+        log.info("xds.listening", address=self.address, tls=security is not None)
         return self
 
     @property
@@ -116,49 +136,70 @@ class XdsServer:
     def _published(self, publish: Callable[[], int]) -> int:
         first = self._cache.snapshot is None
         count = publish()
+        if first:
+            self._health.set(serving=True)
         if count or first:
             self._wake_all()
         return count
 
     def status(self) -> DataPlaneStatus:
-        """What the proxies said of what was published. Proxies are ordered by node id."""
-        snapshot = self._cache.snapshot
-        proxies = [
-            ProxyStatus(
-                node=stream.name,
-                admin=stream.subscription.node.admin,
-                synced=snapshot is not None and stream.subscription.synced(snapshot),
-                error=stream.subscription.error,
+        """What the clients said of what was published. They are ordered by node id."""
+        if self._status is None:
+            self._status = DataPlaneStatus(
+                proxies=self._proxies(), version=self._cache.version, quarantined=self._cache.quarantined
             )
-            for stream in self._proxies()
-        ]
-        return DataPlaneStatus(
-            proxies=tuple(sorted(proxies, key=lambda p: (p.node, p.admin))),
-            version="" if snapshot is None else snapshot.version,
-            quarantined=self._cache.quarantined,
-        )
+        return self._status
+
+    def _proxies(self) -> tuple[ProxyStatus, ...]:
+        """Of each client. One that uses a stream per type is in sync when all of these are."""
+        found: dict[object, ProxyStatus] = {}
+        for stream in self._clients():
+            subscription = stream.subscription
+            key = id(stream) if subscription.only is None else (stream.name, subscription.node.admin)
+            other = found.get(key)
+            found[key] = ProxyStatus(
+                node=stream.name,
+                admin=subscription.node.admin,
+                synced=stream.synced and (other is None or other.synced),
+                error=subscription.error or ("" if other is None else other.error),
+            )
+        return tuple(sorted(found.values(), key=lambda p: (p.node, p.admin)))
 
     async def stop(self) -> None:
-        """Ends all streams, within a second. Proxies keep serving what they have."""
-        for stream in self._streams.values():
-            if stream.reader is not None:
-                stream.reader.cancel()
+        """Ends all streams, within `Limits.drain_s` and a second. Clients keep what they have."""
+        self._stopping = True
+        self._health.set(serving=False)
+        streams = list(self._streams.values())
+        for stream in streams:
+            if self._limits.drain_s:
+                await asyncio.sleep(self._limits.drain_s / len(streams))
+            stream.end()
         await self._server.stop(STOP_GRACE_S)
+        if self._telling is not None:
+            self._telling.cancel()
 
     # ---------------------------------------------------------------------------------------------------------- extras
 
-    @property
-    def gateways(self) -> int:
-        """Connected proxies that take part in balancing."""
-        return sum(1 for stream in self._proxies() if stream.subscription.gateway)
+    def streams(self) -> tuple[StreamStatus, ...]:
+        """What there is to know of each stream, by node id."""
+        found = [stream.status(self._snapshot(stream)) for stream in self._clients()]
+        return tuple(sorted(found, key=lambda s: (s.node, s.peer, s.service)))
 
-    def _proxies(self) -> list[_Stream]:
-        return [stream for stream in self._streams.values() if stream.subscription.active]
+    def config(self, node: str) -> Mapping[str, Sequence[Resource]] | None:
+        """What the clients of a node acknowledged, by `SHORT` type; None when none of that name is connected."""
+        streams = [stream for stream in self._clients() if stream.name == node]
+        if not streams:
+            return None
+        held: dict[str, dict[str, Resource]] = {short: {} for short in SHORT.values()}
+        for stream in streams:
+            for channel in stream.subscription.channels:
+                held[SHORT[channel.type_url]].update(channel.accepted)
+        return {short: tuple(sorted(found.values(), key=lambda r: r.name)) for short, found in held.items()}
 
     @property
     def problems(self) -> tuple[Problem, ...]:
         """What of the plan could not be published as asked: hosts claimed by two routes."""
-        return () if self._cache.snapshot is None else self._cache.snapshot.problems
+        return self._cache.problems
 
     async def wait_changed(self) -> None:
         """Returns at the next change of `status` (a proxy comes, goes, accepts or refuses). Any number may wait."""
@@ -181,86 +222,226 @@ class XdsServer:
             ) from error
 
     def _synced(self, proxies: int) -> bool:
-        snapshot = self._cache.snapshot
-        proxied = self._proxies()
-        if snapshot is None or len(proxied) < proxies:
-            return False
-        return all(stream.subscription.synced(snapshot) for stream in proxied)
+        found = self.status().proxies
+        return self._cache.snapshot is not None and len(found) >= proxies and all(p.synced for p in found)
+
+    def _clients(self) -> list[Stream]:
+        return [stream for stream in self._streams.values() if stream.subscription.active]
+
+    def _responses_due(self) -> int:
+        return sum(1 for stream in list(self._streams.values()) if stream.writer is not None)
 
     # --------------------------------------------------------------------------------------------------------- streams
 
-    async def _serve(self, requests: AsyncIterator[bytes], context: Any) -> None:
-        """One stream, until the proxy or `stop` ends it."""
-        stream = _Stream(context.peer())
-        self._streams[id(stream)] = stream
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                writer = tasks.create_task(self._write(stream, context))
-                stream.reader = tasks.create_task(self._read(stream, requests))
-                stream.reader.add_done_callback(lambda _: writer.cancel())
-        except* _STREAM_ERRORS as errors:
-            log.warning("xds.stream_failed", proxy=stream.name, error=str(errors.exceptions[0]))
-        finally:
-            del self._streams[id(stream)]
-            self._tell()
-        log.info("xds.disconnected", proxy=stream.name)
-        if stream.garbage:
-            log.warning("xds.bad_request", proxy=stream.name, error=stream.garbage)
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, stream.garbage)
-
-    async def _read(self, stream: _Stream, requests: AsyncIterator[bytes]) -> None:
-        """Takes requests in until the proxy ends the stream, sends garbage, or `stop` cancels."""
+    async def _serve(self, only: TypeUrl | None, delta: bool, requests: AsyncIterator[bytes], context: Any) -> None:
+        """One stream, until the client, an error or `stop` ends it."""
+        stream = Stream(context, asyncio.current_task(), delta=delta, only=only)
+        await self._admit(stream)
         try:
             async for data in requests:
                 self._receive(stream, data)
-        except ProtocolError as error:
-            stream.garbage = str(error)
+        except (ProtocolError, NotAllowedError) as error:
+            await self._reject(stream, error)
+        except asyncio.CancelledError:
+            if not stream.ended:
+                raise  # by the client
+        finally:
+            self._close(stream)
+        if stream.reason:
+            self._metrics.rejected("slow")
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, stream.reason)
 
-    def _receive(self, stream: _Stream, data: bytes) -> None:
-        nack = stream.subscription.receive(parse_request(data))
-        if nack is not None:
-            self._refused(stream, nack)
-        snapshot = self._cache.snapshot
-        # Here and not in the writer: between the two, a newer plan could come and this one's success be forgotten.
-        if snapshot is not None and stream.subscription.synced(snapshot):
-            self._cache.accept(snapshot)
-        stream.wake.set()
+    async def _admit(self, stream: Stream) -> None:
+        """Registers a new stream. Raises AbortError when there are too many."""
+        limits, host = self._limits, stream.host
+        if len(self._streams) >= limits.streams:
+            self._metrics.rejected("streams")
+            text = f"{limits.streams} streams are open here; come again, to another replica if there is one"
+            await stream.context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        if self._peers[host] >= limits.streams_per_peer:
+            self._metrics.rejected("peer")
+            text = f"{limits.streams_per_peer} streams of {host} are open; one client needs one"
+            await stream.context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+        self._streams[id(stream)] = stream
+        self._peers[host] += 1
+        self._metrics.stream_opened(stream.protocol)
+        stream.timer = asyncio.get_running_loop().call_later(limits.first_request_s, self._without_request, stream)
 
-    def _refused(self, stream: _Stream, nack: Nack) -> None:
+    def _without_request(self, stream: Stream) -> None:
+        if not stream.subscription.active:
+            stream.reason = f"no request within {self._limits.first_request_s} s"
+            stream.end()
+
+    def _close(self, stream: Stream) -> None:
+        del self._streams[id(stream)]
+        self._peers[stream.host] -= 1
+        if not self._peers[stream.host]:
+            del self._peers[stream.host]
+        self._metrics.stream_closed(stream.protocol)
+        stream.close()
+        self._started(stream)
+        self._tell()
+        log.info("xds.disconnected", proxy=stream.name)
+
+    async def _reject(self, stream: Stream, error: MeshctlError) -> None:
+        log.warning("xds.bad_request", proxy=stream.name, error=str(error))
+        allowed = not isinstance(error, NotAllowedError)
+        self._metrics.rejected("protocol" if allowed else "identity")
+        code = grpc.StatusCode.INVALID_ARGUMENT if allowed else grpc.StatusCode.PERMISSION_DENIED
+        if stream.writer is not None:
+            stream.writer.cancel()
+        await stream.context.abort(code, str(error))
+
+    def _receive(self, stream: Stream, data: bytes) -> None:
+        """Takes one request in. Raises ProtocolError or NotAllowedError for what ends the stream."""
+        subscription = stream.subscription
+        request = parse_delta_request(data) if subscription.delta else parse_request(data, subscription.many_names)
+        answer = subscription.receive(request)
+        self._metrics.requested(request.type_url)
+        if not stream.known and subscription.active:
+            self._welcome(stream)
+        if answer is not None:
+            self._answered(stream, answer)
+        self._look(stream)
+        self._flush(stream)
+
+    def _welcome(self, stream: Stream) -> None:
+        """The stream has said who it is."""
+        node = stream.subscription.node
+        if self._security is not None:
+            stream.identity = str(self._security.check(stream.context.auth_context(), node.group))
+        stream.known = True
+        stream.snapshot = self._snapshot(stream)
+        log.info("xds.connected", proxy=stream.name, group=node.group, protocol=stream.protocol)
+        self._queue.append(stream)
+        self._start_next()
+
+    def _answered(self, stream: Stream, answer: Answer) -> None:
+        if answer.error is None:
+            self._metrics.acknowledged(answer.type_url, stream.acknowledged(answer.type_url))
+            return
+        nack = stream.subscription.nack(answer)
+        self._metrics.refused(answer.type_url)
         log.warning("xds.refused", proxy=stream.name, type=nack.type_url, version=nack.version, error=nack.error)
-        # What a client that is no gateway of ours can't read says nothing about the gateways.
+        # What a client that is no gateway can't read says nothing about the gateways.
         if stream.subscription.gateway and self._cache.refuse(nack):
             self._wake_all()
 
-    async def _write(self, stream: _Stream, context: Any) -> None:
-        """Sends what is due, until cancelled. What changes while a response is being written is coalesced."""
-        while True:
-            await stream.wake.wait()
-            stream.wake.clear()
-            while (response := self._due(stream)) is not None:
-                await context.write(response)
-            self._tell()
-
-    def _due(self, stream: _Stream) -> bytes | None:
-        snapshot = self._cache.snapshot
-        return None if snapshot is None else stream.subscription.respond(snapshot)
-
-    def _wake_all(self) -> None:
-        for stream in self._streams.values():
-            stream.wake.set()
+    def _look(self, stream: Stream) -> None:
+        """Whether the stream is up to date now."""
+        snapshot = stream.snapshot = self._snapshot(stream)
+        synced = snapshot is not None and stream.subscription.synced(snapshot)
+        # Here and not in the writer: between the two, a newer plan could come and this one's success be forgotten.
+        if synced and snapshot is not None and stream.subscription.gateway:
+            self._cache.accept(snapshot)
+        stream.synced = synced
+        if synced:
+            self._started(stream)
         self._tell()
 
+    def _snapshot(self, stream: Stream) -> Snapshot | None:
+        node = stream.subscription.node
+        return self._cache.snapshot_of(node.group, node.flavour)
+
+    # ------------------------------------------------------------------------------------------------------- admission
+
+    def _start_next(self) -> None:
+        """Lets waiting streams in while there is room."""
+        while self._queue and len(self._starting) < self._limits.starting:
+            stream = self._queue.popleft()
+            if id(stream) not in self._streams:
+                continue
+            self._starting.add(stream)
+            stream.admitted = True
+            stream.time_out(self._limits.starting_s, self._started)
+            self._flush(stream)
+
+    def _started(self, stream: Stream) -> None:
+        """The stream is up to date, gone, or had its time."""
+        if stream in self._starting:
+            self._starting.discard(stream)
+            stream.cancel_timer()
+            self._start_next()
+
+    # --------------------------------------------------------------------------------------------------------- writing
+
+    def _wake_all(self) -> None:
+        """Every stream that has other resources now; not always the same one first."""
+        streams = list(self._streams.values())
+        self._turn = (self._turn + len(streams) // 3 + 1) % max(1, len(streams))
+        for stream in (*streams[self._turn :], *streams[: self._turn]):
+            if stream.known and self._snapshot(stream) is not stream.snapshot:
+                self._look(stream)
+                self._flush(stream)
+        self._tell()
+
+    def _flush(self, stream: Stream) -> None:
+        """Writes what is due, if anything is. What changes while a response is being written is coalesced."""
+        if stream.writer is None and stream.admitted and (data := self._due(stream)) is not None:
+            stream.writer = asyncio.get_running_loop().create_task(self._write(stream, data))
+
+    async def _write(self, stream: Stream, data: bytes | None) -> None:
+        try:
+            while data is not None:
+                async with asyncio.timeout(self._limits.write_s):
+                    await stream.context.write(data)
+                data = self._due(stream)
+        except TimeoutError:
+            stream.reason = f"nothing was read for {self._limits.write_s} s"
+            stream.end()
+        except _STREAM_ERRORS as error:
+            log.warning("xds.stream_failed", proxy=stream.name, error=str(error))
+            stream.end()
+        finally:
+            stream.writer = None
+
+    def _due(self, stream: Stream) -> bytes | None:
+        snapshot = stream.snapshot
+        data = None if snapshot is None else stream.subscription.respond(snapshot)
+        if data is not None:
+            self._metrics.pushed(stream.written(), len(data))
+        return data
+
     def _tell(self) -> None:
-        """Wakes everyone in `wait_changed`, once."""
+        """Wakes everyone in `wait_changed`, `NEWS_S` after the last time at the earliest."""
+        self._status = None
+        if self._telling is None:
+            loop = asyncio.get_running_loop()
+            self._telling = loop.call_later(max(0.0, self._told_s + NEWS_S - loop.time()), self._told)
+
+    def _told(self) -> None:
+        self._telling, self._told_s = None, asyncio.get_running_loop().time()
         self._news.set()
         self._news = asyncio.Event()
 
 
-class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type hints
-    """Routes the one method we serve, with bytes in and out."""
+def _options(limits: Limits) -> Sequence[tuple[str, int]]:
+    return (
+        # Two servers on one port would each see half of the proxies.
+        ("grpc.so_reuseport", 0),
+        # A proxy that vanished without a FIN is noticed within 40 s, even with nothing to send.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # Our bootstrap makes Envoy ping; gRPC's defaults would hang up on it ("too many pings").
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.max_ping_strikes", 0),
+        ("grpc.max_connection_age_ms", int(limits.connection_age_s * 1000)),
+        ("grpc.max_connection_age_grace_ms", 10_000),
+        ("grpc.max_receive_message_length", limits.message_bytes),
+        ("grpc.max_send_message_length", -1),
+    )
 
-    def __init__(self, serve: Callable[[AsyncIterator[bytes], Any], Any]) -> None:
-        self._handler = grpc.stream_stream_rpc_method_handler(serve)
+
+class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type hints
+    """Routes the methods we serve, with bytes in and out."""
+
+    def __init__(self, serve: Callable[[TypeUrl | None, bool, AsyncIterator[bytes], Any], Any], health: Health) -> None:
+        self._health = health
+        self._handlers = {
+            method: grpc.stream_stream_rpc_method_handler(partial(serve, only, delta))
+            for method, (only, delta) in METHODS.items()
+        }
 
     def service(self, call: Any) -> Any:
-        return self._handler if call.method == _METHOD else None
+        return self._handlers.get(call.method) or self._health.handler(call.method)

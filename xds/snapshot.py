@@ -1,132 +1,270 @@
-"""A consistent snapshot: everything published at one instant, with the versions that name it. Pure.
+"""What one group of clients is served at one instant, checked, and how the next instant's follows from it. Pure.
 
-Invariant (`check`, run before each publish): every cluster a virtual host names exists and has its load assignment,
-every load assignment has its cluster, names and domains are unique, and a load assignment with endpoints has weights
-Envoy accepts. What is inconsistent is an error and is never published; the last good snapshot stays.
+Invariant, checked before anything is published: every resource that another one names exists. A virtual host names
+clusters of its own route, every cluster has its load assignment and the reverse, names are unique, a listener's route
+configuration exists, and a load assignment with endpoints has weights that Envoy accepts. What is inconsistent is an
+error and is never published; the last good snapshot stays.
 
-A version is a content hash: the sum, modulo 2**128, of the resources' digests. A sum needs no order, and the version of
-any SUBSET of the resources (what one proxy subscribed to) comes from the same digests. Counters were rejected: after a
-restart the same content must have the same version, so that a reconnecting proxy is sent nothing.
+A snapshot is made from the one before it and what changed: 1000 routes of 4 clusters cost 300 ms to begin with and a
+change of one of them 1 ms. Nothing that exists is changed in place, so a step that fails leaves all as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from meshctl.errors import MeshctlError
-from meshctl.model import Problem
-from xds.translate import Resource, RouteResources, claim_hosts, route_configuration, with_domains
+from meshctl.model import Problem, RouteId
+from xds.proxyless import ClientResources, client_resources, listener
+from xds.table import EMPTY, Table
+from xds.translate import ROUTE_CONFIGURATION, Resource, RouteResources, route_configuration, with_domains
+from xds.wire import Flavour
+
+RETIRED_KEPT = 8
+"""Snapshots for which a removed cluster is remembered, for clients that reconnect with routes to it."""
+_NONE: Mapping[str, Resource] = EMPTY
 
 
 class InconsistentError(MeshctlError):
     """Resources that name what does not exist. They were not published; this is a bug of the translation."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Snapshot:
-    """What proxies are sent. By name; mappings are never changed after the snapshot is made."""
+    """What clients are sent."""
 
-    clusters: Mapping[str, Resource]
-    assignments: Mapping[str, Resource]
-    virtual_hosts: Mapping[str, Resource]
-    retired: Mapping[str, Resource]
-    """Clusters published not long ago: a proxy that reconnects may still route to them until it has new routes."""
-    retired_assignments: Mapping[str, Resource]
-    """Theirs: a proxy that was sent a cluster just before it went waits for its endpoints, and answers nothing else."""
+    clusters: Table = EMPTY
+    assignments: Table = EMPTY
+    """By the name of their cluster."""
+    listeners: Table = EMPTY
+    routes: Table = EMPTY
+    """RouteConfigurations. Envoys have one, `ROUTE_CONFIGURATION`, with all virtual hosts."""
+    virtual_hosts: Mapping[str, Resource] = _NONE
+    """Of that one."""
+    retired: Mapping[str, Resource] = _NONE
+    """Clusters of not long ago: a client that reconnects may still route to them until it has new routes."""
+    retired_assignments: Mapping[str, Resource] = _NONE
+    """Theirs: a client that was sent a cluster just before it went waits for its endpoints and answers nothing else."""
     problems: tuple[Problem, ...] = ()
     """Hosts claimed twice."""
-    clusters_version: str = ""
-    routes_version: str = ""
-    version: str = ""
-    """Of all of it."""
-    _bodies: dict[str, bytes] = field(default_factory=dict, compare=False)
 
-    def clusters_body(self) -> bytes:
-        """The clusters as they stand in a response, joined once for all proxies."""
-        if "clusters" not in self._bodies:
-            self._bodies["clusters"] = body_of(self.clusters.values())
-        return self._bodies["clusters"]
+    @cached_property
+    def every_cluster(self) -> Table:
+        """The retired ones too: what may be asked for by name."""
+        return self.clusters.plus(self.retired)
 
-    def routes_body(self) -> bytes:
-        """The RouteConfiguration as it stands in a response, joined once for all proxies."""
-        if "routes" not in self._bodies:
-            self._bodies["routes"] = route_configuration(self.virtual_hosts.values())
-        return self._bodies["routes"]
+    @cached_property
+    def every_assignment(self) -> Table:
+        """The retired ones too."""
+        return self.assignments.plus(self.retired_assignments)
 
+    @cached_property
+    def version(self) -> str:
+        """Content hash of all of it."""
+        return Table(_NONE, sum(table.digest for table in self.tables)).version
 
-EMPTY: Mapping[str, Resource] = {}
+    @property
+    def tables(self) -> tuple[Table, Table, Table, Table]:
+        return self.clusters, self.assignments, self.listeners, self.routes
 
-
-def version_of(resources: Iterable[Resource]) -> str:
-    """The content hash of a set of resources; independent of their order."""
-    return f"{sum(r.digest for r in resources) % 2**128:032x}"
-
-
-def body_of(resources: Iterable[Resource]) -> bytes:
-    """Resources as they stand in a response."""
-    return b"".join(r.packed for r in resources)
+    def changed(self, old: Snapshot) -> int:
+        """How many resources differ from those of `old`."""
+        pairs = zip(self.tables, old.tables, strict=True)
+        changes = (new.since(before) for new, before in pairs)
+        return sum(len(c.changed) + len(c.removed) for c in changes)
 
 
-def build(
-    routes: Iterable[RouteResources],
-    retired: Mapping[str, Resource] = EMPTY,
-    retired_assignments: Mapping[str, Resource] = EMPTY,
-) -> Snapshot:
-    """The checked snapshot of `routes`, and what was published before. Raises InconsistentError."""
-    ordered = sorted(routes, key=lambda r: r.route)
-    domains, problems = claim_hosts(ordered)
-    clusters: dict[str, Resource] = {}
-    assignments: dict[str, Resource] = {}
-    for route in ordered:
-        _merge(clusters, route.clusters, "cluster")
-        _merge(assignments, route.assignments, "load assignment")
-    hosts = {r.virtual_host.name: with_domains(r.virtual_host, domains[r.route]) for r in ordered if r.route in domains}
-    snapshot = Snapshot(
-        clusters,
-        assignments,
-        hosts,
-        {name: resource for name, resource in retired.items() if name not in clusters},
-        {name: resource for name, resource in retired_assignments.items() if name not in clusters},
-        problems,
-        clusters_version=version_of(clusters.values()),
-        routes_version=version_of(hosts.values()),
-        version=version_of((*clusters.values(), *assignments.values(), *hosts.values())),
+@dataclass(frozen=True)
+class Group:
+    """The clients of one group and flavour: their routes, and the newest snapshot of these."""
+
+    flavour: Flavour
+    routes: Mapping[RouteId, RouteResources | ClientResources] = field(default_factory=dict)
+    claims: Mapping[str, tuple[RouteId, ...]] = field(default_factory=dict)
+    """Who wants a host, in order; the first has it. Envoy refuses a whole RouteConfiguration for one host twice."""
+    snapshot: Snapshot = field(default_factory=Snapshot)
+    gone: tuple[tuple[Mapping[str, Resource], Mapping[str, Resource]], ...] = ()
+    """Clusters and load assignments that the newest snapshots removed."""
+
+    @classmethod
+    def empty(cls, flavour: Flavour) -> Group:
+        """Without routes. Envoys are told so: they answer 404, and are ready."""
+        routes = Table.of([_configuration(_NONE)]) if flavour is Flavour.ENVOY else EMPTY
+        return cls(flavour, snapshot=Snapshot(routes=routes))
+
+    def updated(self, changed: Iterable[RouteResources], removed: Collection[RouteId] = ()) -> Group:
+        """The group with `changed` routes put in and `removed` ones taken out; itself when that is nothing.
+
+        Raises InconsistentError.
+        """
+        wanted = {route.route: self._flavoured(route) for route in changed}
+        puts = {route: put for route, put in wanted.items() if put is not None and self.routes.get(route) is not put}
+        drops = {r for r in (*removed, *(r for r, put in wanted.items() if put is None)) if r in self.routes}
+        if not puts and not drops:
+            return self
+        routes = {route: put for route, put in self.routes.items() if route not in drops} | puts
+        claims = _claimed(self.claims, self.routes, routes, puts.keys() | drops)
+        group = replace(self, routes=routes, claims=claims)
+        return group.published_after(self, puts, drops)
+
+    def _flavoured(self, route: RouteResources) -> RouteResources | ClientResources | None:
+        """`route` in the resources of this flavour, None where it is not for it."""
+        if self.flavour is Flavour.ENVOY:
+            return route
+        return None if route.plan is None else client_resources(route.plan)
+
+    def published_after(
+        self, old: Group, puts: Mapping[RouteId, RouteResources | ClientResources], drops: Collection[RouteId]
+    ) -> Group:
+        """With the snapshot that follows from that of `old`. Raises InconsistentError."""
+        before = old.snapshot
+        former = [old.routes[route] for route in (*puts, *drops) if route in old.routes]
+        new_clusters, new_assignments = _merged(puts.values(), before.clusters, former)
+        gone_clusters = [n for route in former for n in route.clusters if n not in new_clusters]
+        clusters = before.clusters.replaced(new_clusters.values(), gone_clusters)
+        assignments = before.assignments.replaced(new_assignments.values(), gone_clusters)
+        gone = self.gone
+        if lost := clusters.since(before.clusters).removed:
+            kept = ({n: before.clusters[n] for n in lost}, {n: before.assignments[n] for n in lost})
+            gone = (*gone, kept)[-RETIRED_KEPT:]
+        retired, retired_assignments = (
+            {name: r for one in gone for name, r in one[i].items() if name not in clusters} for i in (0, 1)
+        )
+        affected = _affected(old, self, puts.keys() | drops)
+        hosts, listeners, tables = self._served(before, affected)
+        snapshot = Snapshot(
+            clusters, assignments, listeners, tables, hosts, retired, retired_assignments, _problems(self.claims)
+        )
+        return replace(self, snapshot=snapshot, gone=gone)
+
+    def _served(self, before: Snapshot, affected: Collection[RouteId]) -> tuple[Mapping[str, Resource], Table, Table]:
+        """Virtual hosts, listeners and route configurations, after those of the `affected` routes may have changed."""
+        if self.flavour is Flavour.ENVOY:
+            hosts = self._virtual_hosts(before.virtual_hosts, affected)
+            same = hosts is before.virtual_hosts
+            return hosts, EMPTY, before.routes if same else before.routes.replaced([_configuration(hosts)])
+        listeners, tables, lost = [], [], []
+        for route in sorted(affected):
+            found = self.routes.get(route)
+            if isinstance(found, ClientResources):
+                tables.append(found.routes)
+                listeners += [listener(host, found.routes) for host in self._hosts_of(route)]
+            else:
+                lost.append(str(route))
+        told = {r.name for r in listeners}
+        silent = [host for host, r in before.listeners.items() if r.route in affected and host not in told]
+        return _NONE, before.listeners.replaced(listeners, silent), before.routes.replaced(tables, lost)
+
+    def _virtual_hosts(self, before: Mapping[str, Resource], affected: Collection[RouteId]) -> Mapping[str, Resource]:
+        changed: dict[str, Resource] = {}
+        for route in affected:
+            found, domains = self.routes.get(route), self._hosts_of(route)
+            if isinstance(found, RouteResources) and domains:
+                changed[found.virtual_host.name] = with_domains(found.virtual_host, domains)
+        same = all(name in before and before[name].digest == r.digest for name, r in changed.items())
+        dropped = {str(route) for route in affected} - changed.keys()
+        if same and dropped.isdisjoint(before):
+            return before
+        kept = {name: r for name, r in before.items() if name not in dropped}
+        return dict(sorted((kept | changed).items()))
+
+    def _hosts_of(self, route: RouteId) -> tuple[str, ...]:
+        """The hosts that are its own."""
+        found = self.routes.get(route)
+        return () if found is None else tuple(host for host in found.hosts if self.claims[host][0] == route)
+
+
+def _configuration(hosts: Mapping[str, Resource]) -> Resource:
+    """The one RouteConfiguration of all virtual hosts."""
+    parts = tuple(hosts.values())
+    needs = frozenset(name for host in parts for name in host.needs)
+    digest = sum(host.digest for host in parts)
+    return Resource(ROUTE_CONFIGURATION, RouteId(""), route_configuration(parts), digest, needs, parts=parts)
+
+
+def _claimed(
+    claims: Mapping[str, tuple[RouteId, ...]],
+    old: Mapping[RouteId, RouteResources | ClientResources],
+    new: Mapping[RouteId, RouteResources | ClientResources],
+    routes: Collection[RouteId],
+) -> Mapping[str, tuple[RouteId, ...]]:
+    """Who wants which host, after `routes` changed."""
+    moved = [
+        (route, hosts_before, hosts_after)
+        for route in sorted(routes)
+        if (hosts_before := _hosts(old, route)) != (hosts_after := _hosts(new, route))
+    ]
+    if not moved:
+        return claims
+    changed = dict(claims)
+    for route, before, after in moved:
+        for host in before - after:
+            left = tuple(r for r in changed.pop(host) if r != route)
+            if left:
+                changed[host] = left
+        for host in after - before:
+            changed[host] = tuple(sorted((*changed.get(host, ()), route)))
+    return changed
+
+
+def _hosts(routes: Mapping[RouteId, RouteResources | ClientResources], route: RouteId) -> frozenset[str]:
+    return frozenset(routes[route].hosts) if route in routes else frozenset()
+
+
+def _affected(old: Group, new: Group, routes: Collection[RouteId]) -> set[RouteId]:
+    """`routes`, and those whose hosts went to or came from one of them."""
+    affected = set(routes)
+    if old.claims is not new.claims:
+        for route in routes:
+            for host in _hosts(old.routes, route) ^ _hosts(new.routes, route):
+                affected.update(old.claims.get(host, ()), new.claims.get(host, ()))
+    return affected
+
+
+def _problems(claims: Mapping[str, tuple[RouteId, ...]]) -> tuple[Problem, ...]:
+    contested = sorted((route, host, owners[0]) for host, owners in claims.items() for route in owners[1:])
+    return tuple(
+        Problem(
+            where=f"ModelRoute {route}",
+            message=f"host {host!r} is already served by {owner}; remove it from one of the two routes",
+            route=route,
+        )
+        for route, host, owner in contested
     )
-    check(snapshot)
-    return snapshot
 
 
-def _merge(into: dict[str, Resource], more: Mapping[str, Resource], kind: str) -> None:
-    for name, resource in more.items():
-        if name in into:
-            raise InconsistentError(f"{kind} {name!r} is claimed by {into[name].route} and by {resource.route}")
-        into[name] = resource
+def _merged(
+    puts: Iterable[RouteResources | ClientResources],
+    clusters: Table,
+    former: Sequence[RouteResources | ClientResources],
+) -> tuple[dict[str, Resource], dict[str, Resource]]:
+    """The clusters and load assignments of `puts`, checked. Raises InconsistentError, naming what is wrong."""
+    freed = {name for route in former for name in route.clusters}
+    new_clusters: dict[str, Resource] = {}
+    new_assignments: dict[str, Resource] = {}
+    for route in puts:
+        _check(route)
+        for name, resource in route.clusters.items():
+            other = new_clusters.get(name) or (None if name in freed else clusters.get(name))
+            if other is not None:
+                raise InconsistentError(f"cluster {name!r} is claimed by {other.route} and by {route.route}")
+            new_clusters[name] = resource
+        new_assignments.update(route.assignments)
+    return new_clusters, new_assignments
 
 
-def check(snapshot: Snapshot) -> None:
+def _check(route: RouteResources | ClientResources) -> None:
     """Raises InconsistentError, naming the first thing that is wrong."""
-    for host in snapshot.virtual_hosts.values():
-        missing = [name for name in host.needs if name not in snapshot.clusters]
-        if missing:
-            raise InconsistentError(f"virtual host {host.name!r} names clusters that do not exist: {missing}")
-    difference = sorted(snapshot.clusters.keys() ^ snapshot.assignments.keys())
+    host = route.virtual_host if isinstance(route, RouteResources) else route.routes
+    missing = [name for name in host.needs if name not in route.clusters]
+    if missing:
+        raise InconsistentError(f"virtual host {host.name!r} names clusters that do not exist: {missing}")
+    difference = sorted(route.clusters.keys() ^ route.assignments.keys())
     if difference:
         raise InconsistentError(f"clusters without load assignment, or the reverse: {difference[:5]}")
-    for assignment in snapshot.assignments.values():
+    for assignment in route.assignments.values():
         weights = assignment.weights
         if weights and (min(weights) < 1 or sum(weights) >= 2**32):
             raise InconsistentError(f"load assignment {assignment.name!r} has weights Envoy refuses: {weights}")
-
-
-def changed(old: Snapshot | None, new: Snapshot) -> int:
-    """How many resources differ: clusters, load assignments, and the one RouteConfiguration."""
-    if old is None:
-        return len(new.clusters) + len(new.assignments) + 1
-    count = _differences(old.clusters, new.clusters) + _differences(old.assignments, new.assignments)
-    return count + bool(_differences(old.virtual_hosts, new.virtual_hosts))
-
-
-def _differences(old: Mapping[str, Resource], new: Mapping[str, Resource]) -> int:
-    gone = sum(1 for name in old if name not in new)
-    return gone + sum(1 for name, r in new.items() if name not in old or old[name].digest != r.digest)

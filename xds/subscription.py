@@ -1,35 +1,37 @@
-"""One proxy's ADS stream as a value: requests in, responses out, no I/O, no clock. State of the world.
+"""One client's stream as a value: requests in, responses out, no I/O, no clock. State of the world and delta alike.
 
-What belongs here: what this proxy asked for, has accepted, has in flight, and what it must be sent next. What must not
-be known here: gRPC, other proxies, where snapshots come from.
+What belongs here: what this client is to have of each type, and in which order it is told. How a type's requests and
+responses speak is `Channel`'s. What must not be known here: gRPC, other clients, where snapshots come from.
 
 Invariants
-- At most one response of a type is in flight; whatever changes meanwhile is coalesced into the next one.
-- Make before break. A change is sent as clusters, load assignments, routes, then the prune:
-  routes are sent only when every cluster they name was accepted and got its endpoints on THIS stream, and a cluster
-  that the proxy's routes still name stays in what it is sent until it has accepted routes without it.
+- Make before break. A change is sent as clusters, load assignments, listeners, routes, then the prune:
+  an Envoy is sent routes only when every cluster they name was accepted and got its endpoints on THIS stream, and a
+  cluster that the client's routes still name stays in what it is sent until it has accepted routes without it.
 - A cluster that is new or changed warms only on a fresh load assignment, even an unchanged one: it is sent once more.
-- A version that was refused (NACK) is not sent to this proxy again.
-- A proxy that comes back with the version it should have is sent nothing.
+- A client that asks for clusters by name (gRPC) does so after it has the routes, so its routes wait for nothing; what
+  it asked for stays for a while after it is gone, since it asks no more only once it has new routes.
+
+A stream of one type (not aggregated) has no order with the client's other streams: there a removed cluster is kept for
+some snapshots instead. Who needs the order asks for ADS.
 
 Sources: https://www.envoyproxy.io/docs/envoy/latest/api-docs/xds_protocol ("ACK/NACK and resource type instance
-version", "Eventual consistency considerations"). Rejected: delta xDS (later), and pushing routes together with clusters
+version", "Eventual consistency considerations", "Incremental xDS"). Rejected: pushing routes together with clusters
 (Envoy accepts routes to unknown clusters, and answers 503).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from xds.snapshot import EMPTY, Snapshot, body_of, version_of
-from xds.translate import ROUTE_CONFIGURATION, Resource
-from xds.wire import Node, Request, TypeUrl, response
+from xds.channel import Answer, Channel, DeltaChannel, WorldChannel
+from xds.table import Table
+from xds.translate import Resource
+from xds.wire import NO_NAMES, DeltaRequest, Flavour, Names, Node, ProtocolError, Request, TypeUrl
 
-NO_LISTENERS = "0"
-"""Version of the empty list of listeners: our proxies have theirs from the bootstrap."""
-GATEWAY_CLUSTER = "meshctl"
-"""Node cluster of the proxies that our bootstrap configures."""
+if TYPE_CHECKING:
+    from xds.snapshot import Snapshot
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,142 +42,116 @@ class Nack:
     type_url: TypeUrl
     version: str
     error: str
-    contents: Mapping[str, Resource]
+    contents: Collection[Resource]
     """What was in the response."""
 
 
-@dataclass(slots=True)
-class _Channel:
-    """The state of one resource type."""
-
-    subscribed: bool = False
-    wildcard: bool = False
-    names: frozenset[str] = frozenset()
-    claimed: str = ""
-    """Version the proxy said it has when it connected; "" when none, or once it was looked at."""
-    nonce: str = ""
-    flight: Mapping[str, Resource] | None = None
-    """Contents of the response that awaits its answer."""
-    flight_version: str = ""
-    accepted: Mapping[str, Resource] = field(default_factory=dict)
-    accepted_version: str = ""
-    """ "" while unknown."""
-    refused_version: str = ""
-    error: str = ""
-    """The proxy's words when it last refused, "" once it has accepted something newer."""
-
-    def wants(self, version: str) -> bool:
-        """Whether a response of `version` may and should be sent now."""
-        return self.flight is None and version not in (self.accepted_version, self.refused_version)
-
-
 class Subscription:
-    """See the module. `receive` takes what the proxy says, `respond` gives what it must be sent next."""
+    """See the module. `receive` takes what the client says, `respond` gives what it must be sent next."""
 
-    def __init__(self) -> None:
+    __slots__ = (
+        "_channels",
+        "_clusters",
+        "_cold",
+        "_endpoints",
+        "_listeners",
+        "_returning",
+        "_routes",
+        "_sent",
+        "delta",
+        "newest",
+        "node",
+        "only",
+    )
+
+    def __init__(self, *, delta: bool = False, only: TypeUrl | None = None) -> None:
+        """`only`: the one type of a stream that is not aggregated."""
         self.node = Node("")
-        self._clusters = _Channel()
-        self._endpoints = _Channel()
-        self._listeners = _Channel()
-        self._routes = _Channel()
+        self.delta = delta
+        self.only = only
+        self._channels: dict[str, Channel] = {t: DeltaChannel(t) if delta else WorldChannel(t) for t in TypeUrl}
+        self._clusters, self._endpoints, self._listeners, self._routes = (self._channels[t] for t in TypeUrl)
+        self.newest = TypeUrl.CLUSTER
+        """The type of the newest response."""
         self._sent = 0
-        self._has: dict[str, Resource] = {}
-        """Load assignments sent on this stream, in flight or accepted."""
-        self._has_digests = 0
-        """Sum of the digests in `_has`: the version without walking thousands of names for every weight."""
-        self._warm: set[str] = set()
-        """Clusters whose load assignment was accepted since the cluster last changed."""
-        self._fresh: set[str] = set()
-        """Clusters that changed and must be sent their load assignment whether or not that did."""
+        self._cold: set[str] = set()
+        """Clusters whose load assignment was not accepted since the cluster last changed."""
         self._returning = False
-        """The proxy has state of an earlier stream, with routes that are unknown until it accepts ours."""
+        """The client has state of an earlier stream, with routes that are unknown until it accepts ours."""
 
     @property
     def active(self) -> bool:
-        """Whether it asked for anything; a connection that has not is no proxy yet."""
-        return any(c.subscribed for c in (self._clusters, self._endpoints, self._listeners, self._routes))
+        """Whether it asked for anything; a connection that has not is no client yet."""
+        return any(channel.asked for channel in self._channels.values())
 
     @property
     def gateway(self) -> bool:
-        """Whether this proxy takes part in balancing."""
-        return self.node.cluster == GATEWAY_CLUSTER
+        """Whether this client is an Envoy that is sent all clusters, endpoints and routes, in order."""
+        return self.node.flavour is Flavour.ENVOY and self.only is None
 
     @property
     def error(self) -> str:
         """The text of an outstanding NACK, "" when there is none."""
-        return self._clusters.error or self._endpoints.error or self._routes.error
+        return next((channel.error for channel in self._channels.values() if channel.error), "")
+
+    @property
+    def channels(self) -> Collection[Channel]:
+        """Of each type, in the order in which they are sent."""
+        return self._channels.values()
+
+    @property
+    def many_names(self) -> Names:
+        """The names that it repeats in its requests, as they came."""
+        return self._endpoints.raw if isinstance(self._endpoints, WorldChannel) else NO_NAMES
 
     # ------------------------------------------------------------------------------------------------------- requests
 
-    def receive(self, request: Request) -> Nack | None:
-        """Takes one request in. Unknown types and stale nonces are ignored, as the protocol asks."""
-        if request.node is not None:
-            self.node = request.node
-        kind = next((t for t in TypeUrl if t == request.type_url), None)
-        if kind is None:
+    def receive(self, request: Request | DeltaRequest) -> Answer | None:
+        """Takes one request in; what it answers, if it answers anything. Unknown types and stale nonces are ignored, as
+        the protocol asks. Raises ProtocolError for what no client may do."""
+        self._introduce(request.node)
+        channel = self._channels.get(request.type_url or self.only or "")
+        if channel is None:
             return None
-        channel = self._channel(kind)
-        if request.nonce and channel.nonce and request.nonce != channel.nonce:
-            return None
-        self._subscribe(channel, request)
-        if channel.flight is None or request.nonce != channel.nonce:
-            return None
-        contents, channel.flight = channel.flight, None
-        if request.error is None:
-            self._accept(kind, channel, contents)
-            return None
-        return self._refuse(kind, channel, contents, request.error)
+        if self.only is not None and channel.type_url is not self.only:
+            raise ProtocolError(
+                f"a request for {request.type_url} on a stream of {self.only}; use ADS for several types"
+            )
+        first = not channel.asked
+        if isinstance(request, DeltaRequest):
+            assert isinstance(channel, DeltaChannel)  # noqa: S101 (made so by the constructor)
+            answer, had = channel.receive(request), bool(request.versions)
+        else:
+            assert isinstance(channel, WorldChannel)  # noqa: S101
+            answer, had = channel.receive(request), bool(request.version)
+        if first and channel is self._clusters:
+            self._returning = had
+        if answer is not None:
+            self._answered(answer)
+        return answer
 
-    def _channel(self, kind: TypeUrl) -> _Channel:
-        match kind:
-            case TypeUrl.CLUSTER:
-                return self._clusters
-            case TypeUrl.ENDPOINT:
-                return self._endpoints
-            case TypeUrl.LISTENER:
-                return self._listeners
-            case TypeUrl.ROUTE:
-                return self._routes
-
-    def _subscribe(self, channel: _Channel, request: Request) -> None:
-        """An empty first list of names is the legacy wildcard, and stays one while it is empty."""
-        if not channel.subscribed:
-            channel.claimed = request.version
-            self._returning |= channel is self._clusters and bool(request.version)
-        channel.wildcard = "*" in request.names or (not request.names and (channel.wildcard or not channel.subscribed))
-        channel.subscribed = True
-        if len(request.names) == len(channel.names) and channel.names.issuperset(request.names):
+    def _introduce(self, node: Node | None) -> None:
+        if node is None:
             return
-        channel.names = frozenset(request.names)
-        if channel is self._endpoints:
-            for name in self._has.keys() - channel.names:
-                self._forget(name)
+        if self.active and (node.id, node.group, node.flavour) != (self.node.id, self.node.group, self.node.flavour):
+            raise ProtocolError(
+                f"the stream of node {self.node.id!r} (group {self.node.group!r}) says it is node {node.id!r} (group"
+                f" {node.group!r}) now; open a stream for each node"
+            )
+        self.node = node
 
-    def _accept(self, kind: TypeUrl, channel: _Channel, contents: Mapping[str, Resource]) -> None:
-        channel.error = ""
-        if kind is TypeUrl.ENDPOINT:
-            self._warm.update(name for name in contents if name in self._has and name not in self._fresh)
-        elif kind is TypeUrl.ROUTE:
+    def _answered(self, answer: Answer) -> None:
+        if answer.error is not None:
+            return
+        if answer.type_url is TypeUrl.ENDPOINT:
+            # what was asked for again meanwhile is not in `accepted`
+            self._cold.difference_update(r.name for r in answer.flight.contents if r.name in self._endpoints.accepted)
+        elif answer.type_url is TypeUrl.ROUTE:
             self._returning = False
-        channel.accepted, channel.accepted_version = contents, channel.flight_version
 
-    def _refuse(self, kind: TypeUrl, channel: _Channel, contents: Mapping[str, Resource], error: str) -> Nack:
-        """Clusters and load assignments of a refused response may be in force in part: what the proxy has of them is
-        then unknown, and the next version is sent whole. Routes are refused as one."""
-        channel.error = error
-        channel.refused_version = channel.flight_version
-        if kind is TypeUrl.CLUSTER:
-            channel.accepted_version = ""
-        elif kind is TypeUrl.ENDPOINT:
-            for name in contents:
-                self._forget(name)
-        return Nack(self.node, kind, channel.flight_version, error, contents)
-
-    def _forget(self, name: str) -> None:
-        gone = self._has.pop(name, None)
-        if gone is not None:
-            self._has_digests -= gone.digest
-        self._warm.discard(name)
+    def nack(self, answer: Answer) -> Nack:
+        """What a refusal was about."""
+        return Nack(self.node, answer.type_url, answer.flight.version, answer.error or "", answer.flight.contents)
 
     # ------------------------------------------------------------------------------------------------------ responses
 
@@ -184,145 +160,120 @@ class Subscription:
         self._adopt(snapshot)
         return (
             self._respond_clusters(snapshot)
-            or self._respond_endpoints(snapshot)
-            or self._respond_listeners()
+            or self._offer(self._endpoints, self._assignments(snapshot))
+            or self._offer(self._listeners, _asked(self._listeners, snapshot.listeners))
             or self._respond_routes(snapshot)
         )
 
-    def synced(self, snapshot: Snapshot) -> bool:
-        """Whether the proxy accepted everything of `snapshot` that it asked for, and holds nothing more.
-
-        A gateway asks for everything; one that has not yet is not in sync.
-        """
+    def targets(self, snapshot: Snapshot) -> list[tuple[Channel, Table]]:
+        """What the client is to have now, of each type that it asked for."""
         self._adopt(snapshot)
-        if self.gateway and not (self._clusters.wildcard and self._routes.subscribed):
+        of = {
+            TypeUrl.CLUSTER: self._cluster_target(snapshot),
+            TypeUrl.ENDPOINT: self._assignments(snapshot),
+            TypeUrl.LISTENER: _asked(self._listeners, snapshot.listeners),
+            TypeUrl.ROUTE: _asked(self._routes, snapshot.routes),
+        }
+        return [(channel, of[channel.type_url]) for channel in self._channels.values() if channel.asked]
+
+    def synced(self, snapshot: Snapshot) -> bool:
+        """Whether the client accepted everything of `snapshot` that it asked for, and holds nothing more.
+
+        An Envoy that is a gateway asks for everything; one that has not yet is not in sync.
+        """
+        targets = self.targets(snapshot)
+        if not targets or any(channel.flight is not None for channel, _ in targets):
             return False
-        channels = [c for c in (self._clusters, self._endpoints, self._routes) if c.subscribed]
-        if not channels or any(c.flight is not None for c in channels):
+        if self.gateway and not (self._clusters.wildcard and self._routes.asked):
             return False
-        if self._clusters.subscribed and self._clusters.accepted_version != self._cluster_target(snapshot)[1]:
+        if self.gateway and not self._cold.isdisjoint(snapshot.clusters):
             return False
-        if self._routes.subscribed and self._routes.accepted_version != snapshot.routes_version:
-            return False
-        if self.gateway and not self._warm.issuperset(snapshot.clusters):
-            return False
-        return not self._due(snapshot)
+        return all(channel.settled(target) for channel, target in targets)
 
     def _adopt(self, snapshot: Snapshot) -> None:
-        """What the proxy had when it connected counts as accepted where it is what it should have."""
-        clusters, routes, endpoints = self._clusters, self._routes, self._endpoints
-        if clusters.claimed and clusters.wildcard and clusters.claimed == snapshot.clusters_version:
-            clusters.accepted, clusters.accepted_version = snapshot.clusters, snapshot.clusters_version
-        if routes.claimed and routes.claimed == snapshot.routes_version:
-            routes.accepted, routes.accepted_version = snapshot.virtual_hosts, snapshot.routes_version
+        """What the client had when it connected counts as accepted where it is what it should have."""
+        clusters, endpoints, routes = self._clusters, self._endpoints, self._routes
+        if clusters.claims:
+            clusters.adopt(_asked(clusters, snapshot.clusters))
+            self._cold.update(clusters.accepted)
+            self._cold.difference_update(endpoints.accepted)
+        if routes.claims and routes.adopt(_asked(routes, snapshot.routes)):
             self._returning = False
-        if endpoints.claimed:
-            held = {n: snapshot.assignments[n] for n in endpoints.names if n in snapshot.assignments}
-            if version_of(held.values()) == endpoints.claimed:
-                self._has, self._has_digests = held, sum(r.digest for r in held.values())
-                self._warm = held.keys() - self._fresh
-        clusters.claimed = routes.claimed = endpoints.claimed = ""
+        if endpoints.claims:
+            endpoints.adopt(self._assignments(snapshot))
+            self._cold.difference_update(endpoints.accepted)
+        if self._listeners.claims:
+            self._listeners.adopt(_asked(self._listeners, snapshot.listeners))
 
-    def _send(self, kind: TypeUrl, version: str, contents: Mapping[str, Resource], body: bytes) -> bytes:
-        channel = self._channel(kind)
-        self._sent += 1
-        channel.nonce, channel.flight, channel.flight_version = str(self._sent), contents, version
-        return response(kind, version, channel.nonce, body)
+    def _offer(self, channel: Channel, target: Table) -> bytes | None:
+        if not channel.asked or channel.flight is not None:
+            return None
+        response = channel.offer(target, str(self._sent + 1))
+        if response is not None:
+            self._sent, self.newest = self._sent + 1, channel.type_url
+        return response
 
     def _respond_clusters(self, snapshot: Snapshot) -> bytes | None:
-        if not self._clusters.subscribed or self._clusters.flight is not None:
+        channel = self._clusters
+        if not channel.asked or channel.flight is not None:
             return None
-        target, version = self._cluster_target(snapshot)
-        if not self._clusters.wants(version):
-            return None
-        self._rewarm(_changes(self._clusters.accepted if self._clusters.accepted_version else EMPTY, target))
-        body = snapshot.clusters_body() if target is snapshot.clusters else body_of(target.values())
-        return self._send(TypeUrl.CLUSTER, version, target, body)
+        had = channel.accepted
+        response = self._offer(channel, self._cluster_target(snapshot))
+        if response is not None and self.gateway:
+            self._warm_again(channel.sent, had)
+        return response
 
-    def _rewarm(self, names: Iterable[str]) -> None:
+    def _warm_again(self, new: Table, had: Table) -> None:
         """Envoy acknowledges clusters only once they are warm, so their endpoints follow at once, not after the ACK."""
-        for name in names:
-            self._warm.discard(name)
-            self._fresh.add(name)
+        changes = new.since(had)
+        names = frozenset(r.name for r in changes.changed)
+        self._cold |= names
+        self._cold.difference_update(changes.removed)
+        self._endpoints.again(names)
 
-    def _cluster_target(self, snapshot: Snapshot) -> tuple[Mapping[str, Resource], str]:
-        """The clusters this proxy should have now, with their version: the snapshot's, and those its routes still
-        name."""
+    def _cluster_target(self, snapshot: Snapshot) -> Table:
+        """The clusters this client should have now: the snapshot's, and those its routes still name."""
         channel = self._clusters
         if not channel.wildcard:
-            some = {n: snapshot.clusters[n] for n in sorted(channel.names) if n in snapshot.clusters}
-            return some, version_of(some.values())
-        kept = {name: r for name, r in self._routed(snapshot).items() if name not in snapshot.clusters}
-        if not kept:
-            return snapshot.clusters, snapshot.clusters_version
-        target = {**snapshot.clusters, **kept}
-        return target, version_of(target.values())
+            base = snapshot.every_cluster.subset(channel.names)
+        else:
+            base = snapshot.clusters if self.only is None else snapshot.every_cluster
+        if self._returning and not channel.known:
+            return base.plus(snapshot.retired)
+        removed = base.since(channel.sent).removed
+        return base.plus({name: channel.sent[name] for name in removed if self._routed(name)}) if removed else base
 
-    def _routed(self, snapshot: Snapshot) -> Mapping[str, Resource]:
-        """Clusters beyond the snapshot's that the proxy's routes may name: of those it has, the ones named by routes it
-        accepted or was sent; while it has the routes of an earlier stream, all of them; and where even what it has is
-        unknown, any that were published not long ago."""
+    def _routed(self, cluster: str) -> bool:
+        """Whether routes that the client has, or is being sent, may name `cluster`."""
         if self._returning:
-            had = self._clusters.accepted
-            return had if self._clusters.accepted_version else {**snapshot.retired, **had}
-        routes, held = self._routes, self._clusters.accepted
-        if routes.flight is None and routes.accepted_version == snapshot.routes_version:
-            return EMPTY
-        hosts = (*routes.accepted.values(), *(routes.flight or EMPTY).values())
-        return {name: held[name] for host in hosts for name in host.needs if name in held}
+            return True
+        flight = self._routes.flight
+        tables = (self._routes.accepted.values(), () if flight is None else flight.contents)
+        return any(cluster in table.needs for resources in tables for table in resources)
 
-    def _respond_endpoints(self, snapshot: Snapshot) -> bytes | None:
-        channel = self._endpoints
-        if not channel.subscribed or channel.flight is not None:
-            return None
-        due = self._due(snapshot)
-        if not due:
-            return None
-        digests = self._has_digests + sum(r.digest - self._digest_had(name) for name, r in due.items())
-        version = f"{digests % 2**128:032x}"
-        if version == channel.refused_version:
-            return None
-        self._has.update(due)
-        self._has_digests = digests
-        self._fresh -= due.keys()
-        return self._send(TypeUrl.ENDPOINT, version, due, body_of(due.values()))
-
-    def _digest_had(self, name: str) -> int:
-        return self._has[name].digest if name in self._has else 0
-
-    def _due(self, snapshot: Snapshot) -> dict[str, Resource]:
-        """Load assignments to be sent: asked for, and changed since they were sent on this stream. A cluster that went
-        while it warms still gets its own: until then the proxy acknowledges no clusters."""
-        due = {}
-        for name in self._endpoints.names:
-            new = snapshot.assignments.get(name) or snapshot.retired_assignments.get(name)
-            if new is not None and (self._digest_had(name) != new.digest or name in self._fresh):
-                due[name] = new
-        return dict(sorted(due.items()))
-
-    def _respond_listeners(self) -> bytes | None:
-        if not self._listeners.subscribed or not self._listeners.wants(NO_LISTENERS):
-            return None
-        if self._listeners.claimed == NO_LISTENERS:
-            return None
-        return self._send(TypeUrl.LISTENER, NO_LISTENERS, EMPTY, b"")
+    def _assignments(self, snapshot: Snapshot) -> Table:
+        """Asked for, and there. A cluster that went while it warms still gets its own: until then an Envoy acknowledges
+        no clusters."""
+        return _asked(self._endpoints, snapshot.every_assignment)
 
     def _respond_routes(self, snapshot: Snapshot) -> bytes | None:
-        if ROUTE_CONFIGURATION not in self._routes.names or not self._routes.wants(snapshot.routes_version):
+        channel, target = self._routes, _asked(self._routes, snapshot.routes)
+        if not channel.asked or channel.flight is not None or not channel.due(target):
             return None
-        if not all(self._reachable(name) for host in snapshot.virtual_hosts.values() for name in host.needs):
-            return None
-        return self._send(TypeUrl.ROUTE, snapshot.routes_version, snapshot.virtual_hosts, snapshot.routes_body())
+        return self._offer(channel, target) if self._reachable(snapshot, target) else None
 
-    def _reachable(self, cluster: str) -> bool:
-        """Whether requests may be routed to `cluster` now. A client that asks for clusters by name (gRPC) does so only
-        after it has the routes, so it is not waited for; a gateway that reconnects while clusters warm asks for routes
-        before clusters, so it is."""
-        if not self._clusters.wildcard:
-            return not self.gateway
-        return cluster in self._clusters.accepted and cluster in self._warm
+    def _reachable(self, snapshot: Snapshot, routes: Table) -> bool:
+        """Whether requests may be routed to the clusters of `routes` now. A gateway that reconnects while clusters warm
+        asks for routes before clusters, so it is waited for."""
+        if not self.gateway or (self._clusters.asked and not self._clusters.wildcard):
+            return True
+        accepted = self._clusters.accepted
+        if accepted is snapshot.clusters and not self._cold:
+            return True
+        needs = (name for resource in routes.values() for name in resource.needs)
+        return all(name in accepted and name not in self._cold for name in needs)
 
 
-def _changes(old: Mapping[str, Resource], new: Mapping[str, Resource]) -> list[str]:
-    """Names in `new` that are not the same in `old`."""
-    return [name for name, r in new.items() if name not in old or old[name].digest != r.digest]
+def _asked(channel: Channel, table: Table) -> Table:
+    """What of `table` the client subscribed to."""
+    return table if channel.wildcard else table.subset(channel.names)

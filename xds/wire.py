@@ -1,4 +1,5 @@
-"""The xDS protocol's bytes: what a DiscoveryRequest says, and DiscoveryResponses joined from encoded resources.
+"""The xDS protocol's bytes: what a request says (state of the world or delta), and responses joined from encoded
+resources.
 
 Requests are read leanly: a real Envoy's first one carries 35 kB of extensions, which a full decode turns into 26 ms of
 objects that nobody reads. Responses are concatenated: repeated fields concatenate in protobuf, so a resource is encoded
@@ -9,11 +10,14 @@ Source: https://protobuf.dev/programming-guides/encoding/ and envoy/service/disc
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from enum import StrEnum
+from weakref import WeakValueDictionary
 
 from meshctl.errors import MeshctlError
+from meshctl.model import PROXY_GROUP
 
 
 class TypeUrl(StrEnum):
@@ -26,7 +30,20 @@ class TypeUrl(StrEnum):
 
 
 class ProtocolError(MeshctlError):
-    """A peer sent what is not a DiscoveryRequest. Its stream ends; nobody else's does."""
+    """A peer sent what is not a request, or what no client may send. Its stream ends; nobody else's does."""
+
+
+class Flavour(StrEnum):
+    """What kind of client asks: they are told the same decision in different resources."""
+
+    ENVOY = "Envoy"
+    GRPC = "gRPC"
+
+
+ADMIN_METADATA = "meshctl.io/admin"
+"""The key of the node metadata under which our bootstrap tells where the proxy's admin interface is."""
+GROUP_METADATA = "meshctl.io/group"
+"""The key of the node metadata that says whose routes the proxy wants, where its node cluster does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +54,35 @@ class Node:
     cluster: str = ""
     admin: str = ""
     """``host:port`` of its admin interface, from the node's metadata."""
+    metadata_group: str = ""
+    agent: str = ""
+    """Its user_agent_name: ``envoy``, ``gRPC Python`` ..."""
+
+    @property
+    def group(self) -> str:
+        """Whose routes it is served."""
+        return self.metadata_group or self.cluster or PROXY_GROUP
+
+    @property
+    def flavour(self) -> Flavour:
+        return Flavour.GRPC if self.agent.startswith("gRPC") else Flavour.ENVOY
 
 
-ADMIN_METADATA = "meshctl.io/admin"
-"""The key of the node metadata under which our bootstrap tells where the proxy's admin interface is."""
+class Names:
+    """The names of a state-of-the-world request, with the bytes they came in: a proxy repeats them in each of its
+    requests, thousands of them, and a thousand proxies the same ones. Equal bytes are one object (`names_of`)."""
+
+    __slots__ = ("__weakref__", "raw", "values")
+
+    def __init__(self, raw: bytes, values: frozenset[str]) -> None:
+        self.raw = raw
+        """As they stand in the request: fields 3, one after the other."""
+        self.values = values
+
+
+NO_NAMES = Names(b"", frozenset())
+MOST_NAMES = 65_536
+"""In one request. 10,000 routes have 40,000 clusters; who asks for more than this asks for what is not there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +92,30 @@ class Request:
     type_url: str
     version: str = ""
     nonce: str = ""
-    names: tuple[str, ...] = ()
+    names: Names = NO_NAMES
     node: Node | None = None
     error: str | None = None
     """The proxy's words when it refuses (NACK), else None."""
 
 
+@dataclass(frozen=True, slots=True)
+class DeltaRequest:
+    """The fields of a DeltaDiscoveryRequest that are used."""
+
+    type_url: str
+    nonce: str = ""
+    subscribe: tuple[str, ...] = ()
+    unsubscribe: tuple[str, ...] = ()
+    versions: Mapping[str, str] = dataclass_field(default_factory=dict)
+    """What the proxy has of an earlier stream (initial_resource_versions): name -> version."""
+    node: Node | None = None
+    error: str | None = None
+
+
 _VARINT, _FIXED_64, _BYTES, _FIXED_32 = 0, 1, 2, 5
 _LONGEST_VARINT = 10
+_NAME_KEY = 3 << 3 | _BYTES
+"""Begins each of a request's resource_names."""
 
 
 def varint(value: int) -> bytes:
@@ -92,48 +150,153 @@ def response(type_url: str, version: str, nonce: str, body: bytes) -> bytes:
     )
 
 
-def parse_request(data: bytes) -> Request:
-    """Raises ProtocolError when `data` is not a DiscoveryRequest."""
+def delta_resource(name: str, version: str, packed_resource: bytes) -> bytes:
+    """One resource as it stands in a DeltaDiscoveryResponse: field 2, a Resource of name = 3, version = 1 and the Any,
+    which is field 2 here as it is in a DiscoveryResponse."""
+    return field(2, field(3, name.encode()) + field(1, version.encode()) + packed_resource)
+
+
+def delta_removed(names: Iterable[str]) -> bytes:
+    """Names that are no more, as they stand in a DeltaDiscoveryResponse."""
+    return b"".join(field(6, name.encode()) for name in names)
+
+
+def delta_response(type_url: str, version: str, nonce: str, body: bytes) -> bytes:
+    """A DeltaDiscoveryResponse around `body`, the concatenation of `delta_resource`s and `delta_removed`."""
+    return b"".join(
+        (field(1, version.encode()), body, field(4, type_url.encode()), field(5, nonce.encode())),
+    )
+
+
+def parse_request(data: bytes, known: Names = NO_NAMES) -> Request:
+    """Raises ProtocolError when `data` is not a DiscoveryRequest. Where its names are the same bytes as `known`, these
+    are taken instead of reading them again."""
     type_url = version = nonce = ""
-    names: list[str] = []
+    names = NO_NAMES
     node, error = None, None
-    for number, value in fields(data):
+    at, size = 0, len(data)
+    while at < size:
+        if data[at] == _NAME_KEY:
+            names, at = _names(data, at, known if names is NO_NAMES else NO_NAMES, names)
+            continue
+        number, value, at = _field(data, at)
         match number:
             case 1:
                 version = _text(value)
             case 2:
                 node = _node(_message(value))
-            case 3:
-                names.append(_text(value))
             case 4:
                 type_url = _text(value)
             case 5:
                 nonce = _text(value)
             case 6:
                 error = _status(_message(value))
-    return Request(type_url, version, nonce, tuple(names), node, error)
+    return Request(type_url, version, nonce, names, node, error)
+
+
+def parse_delta_request(data: bytes) -> DeltaRequest:
+    """Raises ProtocolError when `data` is not a DeltaDiscoveryRequest."""
+    type_url = nonce = ""
+    subscribe: list[str] = []
+    unsubscribe: list[str] = []
+    versions: dict[str, str] = {}
+    node, error = None, None
+    for number, value in fields(data):
+        match number:
+            case 1:
+                node = _node(_message(value))
+            case 2:
+                type_url = _text(value)
+            case 3:
+                subscribe.append(_text(value))
+            case 4:
+                unsubscribe.append(_text(value))
+            case 5:
+                entry = dict(fields(_message(value)))
+                versions[_text(entry.get(1, b""))] = _text(entry.get(2, b""))
+            case 6:
+                nonce = _text(value)
+            case 7:
+                error = _status(_message(value))
+    for count in (len(subscribe), len(unsubscribe), len(versions)):
+        _limited(count)
+    return DeltaRequest(type_url, nonce, tuple(subscribe), tuple(unsubscribe), versions, node, error)
+
+
+_interned: WeakValueDictionary[bytes, Names] = WeakValueDictionary()
+_sets: WeakValueDictionary[int, frozenset[str]] = WeakValueDictionary()
+
+
+def interned(names: frozenset[str]) -> frozenset[str]:
+    """One object for equal sets of names: a thousand streams ask for the same thousands of names."""
+    found = _sets.get(hash(names))
+    if found is None:
+        _sets[hash(names)] = names
+    return found if found is not None and found == names else names
+
+
+def names_of(values: Iterable[str]) -> Names:
+    """The names of a request, as `parse_request` would have them."""
+    return _intern(b"".join(field(3, value.encode()) for value in values))
+
+
+def _names(data: bytes, at: int, known: Names, before: Names) -> tuple[Names, int]:
+    """The run of names that begins at `at`, added to those `before` it; and where it ends."""
+    end = at + len(known.raw)
+    if known.raw and data.startswith(known.raw, at) and (end == len(data) or data[end] != _NAME_KEY):
+        return known, end
+    end = at
+    while end < len(data) and data[end] == _NAME_KEY:
+        _, _, end = _field(data, end)
+    return _intern(before.raw + data[at:end]), end
+
+
+def _intern(raw: bytes) -> Names:
+    found = _interned.get(raw)
+    if found is None:
+        values = interned(frozenset(_text(value) for _, value in fields(raw)))
+        _limited(len(values))
+        found = _interned[raw] = Names(raw, values) if raw else NO_NAMES
+    return found
+
+
+def _limited(count: int) -> None:
+    if count > MOST_NAMES:
+        raise ProtocolError(f"a request for {count} resources by name; at most {MOST_NAMES} are served on one stream")
 
 
 def fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
     """Number and value of each field of an encoded message. Raises ProtocolError where it is cut short or garbled."""
     at, size = 0, len(data)
     while at < size:
+        number, value, at = _field(data, at)
+        yield number, value
+
+
+def _field(data: bytes, at: int) -> tuple[int, bytes | int, int]:
+    """Number and value of the field at `at`, and where the next one is."""
+    size = len(data)
+    key = data[at]
+    if key < 0x80:  # all fields that are used
+        at += 1
+    else:
         key, at = _read_varint(data, at)
-        number, kind = key >> 3, key & 7
-        if number == 0:
-            raise ProtocolError(f"not a protobuf message: field 0 at byte {at}")
-        if kind == _VARINT:
-            value, at = _read_varint(data, at)
-            yield number, value
-            continue
-        if kind == _BYTES:
-            length, at = _read_varint(data, at)
-        else:
-            length = {_FIXED_64: 8, _FIXED_32: 4}.get(kind, size)
-        if at + length > size:
-            raise ProtocolError(f"not a protobuf message: field {number} of wire type {kind} at byte {at}")
-        yield number, data[at : at + length]
-        at += length
+    number, kind = key >> 3, key & 7
+    if number == 0:
+        raise ProtocolError(f"not a protobuf message: field 0 at byte {at}")
+    if kind == _VARINT:
+        value, at = _read_varint(data, at)
+        return number, value, at
+    if kind != _BYTES:
+        length = {_FIXED_64: 8, _FIXED_32: 4}.get(kind, size)
+    elif at < size and data[at] < 0x80:
+        length, at = data[at], at + 1
+    else:
+        length, at = _read_varint(data, at)
+    end = at + length
+    if end > size:
+        raise ProtocolError(f"not a protobuf message: field {number} of wire type {kind} at byte {at}")
+    return number, data[at:end], end
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
@@ -159,25 +322,29 @@ def _text(value: bytes | int) -> str:
 
 
 def _node(data: bytes) -> Node:
-    """id = 1, cluster = 2, metadata = 3 (a Struct); extensions and the rest are skipped."""
-    texts, admin = {1: "", 2: ""}, ""
+    """id = 1, cluster = 2, metadata = 3 (a Struct), user_agent_name = 6; extensions and the rest are skipped."""
+    texts = {1: "", 2: "", 6: ""}
+    told = {ADMIN_METADATA: "", GROUP_METADATA: ""}
     for number, value in fields(data):
         if number in texts:
             texts[number] = _text(value)
         elif number == 3:
-            admin = _struct_string(_message(value), ADMIN_METADATA) or admin
-    return Node(texts[1], texts[2], admin)
+            told.update(_struct_strings(_message(value), told))
+    return Node(texts[1], texts[2], told[ADMIN_METADATA], told[GROUP_METADATA], texts[6])
 
 
-def _struct_string(data: bytes, key: str) -> str:
-    """The string under `key` of an encoded google.protobuf.Struct, "" when there is none."""
+def _struct_strings(data: bytes, keys: Collection[str]) -> dict[str, str]:
+    """The strings under `keys` of an encoded google.protobuf.Struct; nothing for those that are none."""
+    found = {}
     for number, entry in fields(data):
         if number != 1:
             continue
         parts = dict(fields(_message(entry)))
-        if _text(parts.get(1, b"")) == key:
-            return _text(dict(fields(_message(parts.get(2, b"")))).get(3, b""))
-    return ""
+        key = _text(parts.get(1, b""))
+        text = _text(dict(fields(_message(parts.get(2, b"")))).get(3, b"")) if key in keys else ""
+        if text:
+            found[key] = text
+    return found
 
 
 def _status(data: bytes) -> str:

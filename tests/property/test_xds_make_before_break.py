@@ -20,7 +20,7 @@ from tests.harness.envoy import plan, route_plan
 from xds.cache import Cache
 from xds.snapshot import Snapshot
 from xds.subscription import Subscription
-from xds.wire import Node, Request, TypeUrl
+from xds.wire import Node, Request, TypeUrl, names_of
 
 SIZES = (SizeClass("one", 1, 1, 1, 0.5), SizeClass("rest", 2, 64, 8, 0.5))
 Routes = dict[str, tuple[int, int, float]]
@@ -50,13 +50,13 @@ class ModelEnvoy:
     def _endpoints(self) -> Request:
         kind = TypeUrl.ENDPOINT
         names = tuple(sorted(self.clusters))
-        return Request(kind, self.versions.get(kind, ""), self.nonces.get(kind, ""), names)
+        return Request(kind, self.versions.get(kind, ""), self.nonces.get(kind, ""), names_of(names))
 
     def _routes(self) -> list[Request]:
         if self.asked_routes or self.warming or not self.clusters:
             return []
         self.asked_routes = True
-        return [Request(TypeUrl.ROUTE, self.versions.get(TypeUrl.ROUTE, ""), names=("meshctl",))]
+        return [Request(TypeUrl.ROUTE, self.versions.get(TypeUrl.ROUTE, ""), names=names_of(["meshctl"]))]
 
     def take(self, data: bytes) -> list[Request]:
         """Applies a response; what it answers. Fails where requests would."""
@@ -73,7 +73,7 @@ class ModelEnvoy:
         actions = [r.route for host in configuration.virtual_hosts for r in host.routes]
         self.routed = {a.cluster for a in actions if a is not None and a.cluster is not None}
         assert self.routed <= self.active, f"routes to clusters that are not there: {self.routed - self.active}"
-        return [Request(kind, response.version_info, response.nonce, ("meshctl",))]
+        return [Request(kind, response.version_info, response.nonce, names_of(["meshctl"]))]
 
     def _take_clusters(self, version: str, new: dict[str, bytes]) -> list[Request]:
         gone = self.clusters.keys() - new.keys()

@@ -9,19 +9,25 @@ import pytest
 from meshctl.model import RouteId
 from tests.harness.envoy import plan, route_plan
 from xds.cache import Cache
-from xds.snapshot import InconsistentError, build, changed
-from xds.translate import translate_route
+from xds.snapshot import Group, InconsistentError, Snapshot
+from xds.translate import RouteResources, translate_route
+from xds.wire import Flavour
 
 A, B = "10.0.0.1:8000", "10.0.0.2:8000"
 ONE = translate_route(route_plan("n/one", {A: 600, B: 400}, hosts=("one",)))
 TWO = translate_route(route_plan("n/two", {A: 1000}, hosts=("two",)))
 
 
+def build(routes: list[RouteResources]) -> Snapshot:
+    """What Envoys are served of `routes`."""
+    return Group.empty(Flavour.ENVOY).updated(routes).snapshot
+
+
 def test_versions_name_content_not_order_or_time() -> None:
     """The same resources have the same versions, whatever was published in between."""
     assert build([ONE, TWO]).version == build([TWO, ONE]).version
     assert build([ONE]).version != build([ONE, TWO]).version
-    assert build([ONE, TWO]).clusters_version == build([TWO, ONE]).clusters_version
+    assert build([ONE, TWO]).clusters.version == build([TWO, ONE]).clusters.version
 
 
 def test_a_virtual_host_without_its_cluster() -> None:
@@ -38,7 +44,7 @@ def test_a_cluster_without_its_endpoints() -> None:
 
 def test_two_routes_with_one_cluster() -> None:
     """Names are unique over all routes."""
-    with pytest.raises(InconsistentError, match="claimed by n/one and by n/one"):
+    with pytest.raises(InconsistentError, match="claimed by n/one and by n/zzz"):
         build([ONE, replace(ONE, route=RouteId("n/zzz"))])
 
 
@@ -53,13 +59,13 @@ def test_weights_that_envoy_refuses() -> None:
 def test_what_changed_is_counted_by_resource() -> None:
     """A weight in one table is one load assignment; a host is the one RouteConfiguration."""
     before = build([ONE, TWO])
-    assert changed(None, before) == 17
-    assert changed(before, build([TWO, ONE])) == 0
+    assert before.changed(Snapshot()) == 17
+    assert build([TWO, ONE]).changed(before) == 0
     other = translate_route(route_plan("n/two", {A: 999, B: 1}, hosts=("two",)))
-    assert changed(before, build([ONE, other])) == 4
+    assert build([ONE, other]).changed(before) == 4
     moved = translate_route(route_plan("n/two", {A: 1000}, hosts=("three",)))
-    assert changed(before, build([ONE, moved])) == 1
-    assert changed(before, build([ONE])) == 9
+    assert build([ONE, moved]).changed(before) == 1
+    assert build([ONE]).changed(before) == 9
 
 
 def test_a_plan_that_cannot_be_published_leaves_the_last_one() -> None:

@@ -15,11 +15,16 @@ from envoy_data_plane.envoy.service.discovery.v3 import DiscoveryResponse
 
 from meshctl.model import Endpoint, EndpointId, LbPolicy, LoadBalancer, Retry
 from tests.harness.envoy import plan, route_plan
-from xds.snapshot import build
-from xds.translate import Resource, translate, translate_route
-from xds.wire import TypeUrl, packed
+from xds.snapshot import Group, Snapshot
+from xds.translate import Resource, RouteResources, translate, translate_route
+from xds.wire import Flavour, TypeUrl, packed
 
 A, B, C = "10.0.0.1:8000", "10.0.0.2:8000", "10.0.0.3:8000"
+
+
+def build(routes: list[RouteResources]) -> Snapshot:
+    """What Envoys are served of `routes`."""
+    return Group.empty(Flavour.ENVOY).updated(routes).snapshot
 
 
 def decoded(resource: Resource, kind: Any) -> Any:
@@ -56,7 +61,7 @@ def configured(retry: Retry) -> Any:
     wanted = route_plan("n/r", {A: 1000})
     spec = replace(wanted.route.spec, retry=retry)
     snapshot = build([translate_route(replace(wanted, route=replace(wanted.route, spec=spec)))])
-    (host,) = RouteConfiguration.parse(DiscoveryResponse.parse(snapshot.routes_body()).resources[0].value).virtual_hosts
+    (host,) = RouteConfiguration.parse(DiscoveryResponse.parse(snapshot.routes.body()).resources[0].value).virtual_hosts
     return host.routes
 
 
@@ -121,7 +126,7 @@ def test_load_balancers() -> None:
 def test_the_route_configuration() -> None:
     """A route per header and size class, and the default last; retries only for what no server has begun."""
     snapshot = build([translate_route(route_plan("n/r", {A: 1}, hosts=("Model.example:80", "*"), timeout_s=2.5))])
-    configuration = RouteConfiguration.parse(DiscoveryResponse.parse(snapshot.routes_body()).resources[0].value)
+    configuration = RouteConfiguration.parse(DiscoveryResponse.parse(snapshot.routes.body()).resources[0].value)
     assert configuration.name == "meshctl"
     assert configuration.ignore_port_in_host_matching
     (host,) = configuration.virtual_hosts

@@ -9,7 +9,7 @@ from envoy_data_plane.envoy.service.discovery.v3 import DiscoveryRequest, Discov
 from envoy_data_plane.google.protobuf import Any, Struct
 from envoy_data_plane.google.rpc import Status
 
-from xds.wire import ADMIN_METADATA, Node, ProtocolError, Request, TypeUrl, packed, parse_request, response
+from xds.wire import ADMIN_METADATA, Node, ProtocolError, Request, TypeUrl, names_of, packed, parse_request, response
 
 
 def test_a_request_is_read_leanly() -> None:
@@ -28,7 +28,7 @@ def test_a_request_is_read_leanly() -> None:
         response_nonce="7",
         error_detail=Status(code=13, message="no"),
     )
-    expected = Request(TypeUrl.ROUTE, "v1", "7", ("a", "ü"), Node("gw", "meshctl", "127.0.0.1:9901"), "no")
+    expected = Request(TypeUrl.ROUTE, "v1", "7", names_of(["a", "ü"]), Node("gw", "meshctl", "127.0.0.1:9901"), "no")
     assert parse_request(bytes(message)) == expected
 
 
