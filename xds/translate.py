@@ -22,6 +22,7 @@ subsets (need a metadata match per size class and can't weigh single endpoints).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -30,7 +31,6 @@ from hashlib import blake2b
 
 from envoy_data_plane.envoy.config.cluster import v3 as cluster_v3
 from envoy_data_plane.envoy.config.core import v3 as core_v3
-from envoy_data_plane.envoy.config.endpoint import v3 as endpoint_v3
 from envoy_data_plane.envoy.config.route import v3 as route_v3
 from envoy_data_plane.envoy.extensions.upstreams.http import v3 as http_v3
 from envoy_data_plane.envoy.type import v3 as type_v3
@@ -39,11 +39,12 @@ from envoy_data_plane.google.protobuf import Any
 
 from meshctl.model import (
     DEFAULT_CLASS,
-    EndpointId,
+    PROXY_GROUP,
     LbPolicy,
     LoadBalancer,
     Plan,
     Problem,
+    Protocol,
     Retry,
     RouteId,
     RoutePlan,
@@ -51,14 +52,16 @@ from meshctl.model import (
     SizeClass,
     cluster_name,
 )
+from xds.assignments import CHUNK, Assignment, Members, encode, members, packed_assignment, weighted
 from xds.requests import LEGACY_HEADER, bare_hosts, retry_on, size_pattern
-from xds.wire import TypeUrl, field, integer, packed
+from xds.wire import TypeUrl, field, packed
 
 ROUTE_CONFIGURATION = "meshctl"
 """The one RouteConfiguration, which every listener of ours asks for."""
 UNLIMITED = 2**32 - 1
 """Envoy's default circuit breakers (1024) answer bursts with 503. Queueing is the servers' business."""
 _INT64_MAX = 2**63 - 1
+_HTTP_OPTIONS = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,19 @@ class RouteResources:
     """By cluster name."""
     virtual_host: Resource
     """Without its domains, which depend on the other routes (`claim_hosts`)."""
+    groups: tuple[str, ...] = (PROXY_GROUP,)
+    """Groups of proxies that are served the route."""
+    plan: RoutePlan | None = dataclasses.field(default=None, compare=False, repr=False)
+    """What was translated; None where it is not known."""
+    encoded: _Encoded | None = dataclasses.field(default=None, compare=False, repr=False)
+    """What the next translation can build on; None for a route of few endpoints, for which it is not worth keeping."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    members: Members
+    assignments: Mapping[str, Assignment]
+    """By cluster name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,17 +127,39 @@ def translate(plan: Plan) -> Resources:
     return Resources({route: translate_route(plan.routes[route]) for route in sorted(plan.routes)})
 
 
-def translate_route(plan: RoutePlan) -> RouteResources:
-    """The resources of one route."""
+def translate_route(plan: RoutePlan, before: RouteResources | None = None) -> RouteResources:
+    """The resources of one route. What `before`, an earlier translation of it, has with the same content is kept as the
+    same object; the result is the same without it."""
     spec = plan.route.spec
     names = {size: cluster_name(spec.id, size) for size in (*(s.name for s in spec.sizes), DEFAULT_CLASS)}
+    assignments, encoded = _assignments(plan, names, before)
+    old = before.plan if before is not None else None
+    if before is not None and old is not None and _treats_alike(old, plan):
+        return replace(before, assignments=assignments, plan=plan, encoded=encoded)
+    tail = cluster_tail(plan.load_balancer, spec.protocol)
+    clusters = {name: cluster(spec.id, name, tail) for name in names.values()}
+    host = _virtual_host(spec, names)
     return RouteResources(
         route=spec.id,
         hosts=bare_hosts(spec.hosts),
-        clusters={name: cluster(spec.id, name, cluster_tail(plan.load_balancer)) for name in names.values()},
-        assignments={name: _assignment(plan, size, name) for size, name in names.items()},
-        virtual_host=_virtual_host(spec, names),
+        clusters=clusters if before is None else {n: kept(before.clusters.get(n), r) for n, r in clusters.items()},
+        assignments=assignments,
+        virtual_host=host if before is None else kept(before.virtual_host, host),
+        groups=spec.proxy_groups,
+        plan=plan,
+        encoded=encoded,
     )
+
+
+def _treats_alike(old: RoutePlan, new: RoutePlan) -> bool:
+    """Nothing but weights and endpoints differs."""
+    specs = old.route.spec, new.route.spec
+    return (specs[0] is specs[1] or specs[0] == specs[1]) and old.load_balancer == new.load_balancer
+
+
+def kept(old: Resource | None, new: Resource) -> Resource:
+    """`old` itself where its content is that of `new`."""
+    return old if old is not None and old.digest == new.digest else new
 
 
 def claim_hosts(routes: Iterable[RouteResources]) -> tuple[dict[RouteId, tuple[str, ...]], tuple[Problem, ...]]:
@@ -150,9 +188,9 @@ def claim_hosts(routes: Iterable[RouteResources]) -> tuple[dict[RouteId, tuple[s
 @lru_cache(maxsize=4096)
 def with_domains(virtual_host: Resource, domains: tuple[str, ...]) -> Resource:
     """`virtual_host` as it stands in the RouteConfiguration."""
-    head = _text(1, virtual_host.name) + b"".join(_text(2, domain) for domain in domains)
+    head = text(1, virtual_host.name) + b"".join(text(2, domain) for domain in domains)
     data = field(2, head + virtual_host.packed)
-    digest = _digest(virtual_host.name, data)
+    digest = digest_of(virtual_host.name, data)
     return replace(virtual_host, packed=data, digest=digest, part=virtual_host.digest)
 
 
@@ -161,16 +199,25 @@ def route_configuration(virtual_hosts: Iterable[Resource]) -> bytes:
     return packed(TypeUrl.ROUTE, _route_configuration_head() + b"".join(v.packed for v in virtual_hosts))
 
 
-def _text(number: int, text: str) -> bytes:
+def text(number: int, text: str) -> bytes:
     return field(number, text.encode())
 
 
-def _digest(name: str, data: bytes) -> int:
+def digest_of(name: str, data: bytes) -> int:
     return int.from_bytes(blake2b(name.encode() + b"\0" + data, digest_size=16).digest(), "big")
 
 
-def _resource(kind: TypeUrl, route: RouteId, name: str, data: bytes, weights: tuple[int, ...] = ()) -> Resource:
-    return Resource(name, route, packed(kind, data), _digest(name, data), weights=weights)
+def resource_of(
+    kind: TypeUrl,
+    route: RouteId,
+    name: str,
+    data: bytes,
+    *,
+    needs: Collection[str] = (),
+    weights: tuple[int, ...] = (),
+) -> Resource:
+    """The resource `name`, whose message is `data`."""
+    return Resource(name, route, packed(kind, data), digest_of(name, data), needs, weights)
 
 
 # ------------------------------------------------------------------------------------------------------------ clusters
@@ -178,11 +225,11 @@ def _resource(kind: TypeUrl, route: RouteId, name: str, data: bytes, weights: tu
 
 def cluster(route: RouteId, name: str, tail: bytes) -> Resource:
     """The cluster `name`; `tail` is all of it but the name, encoded."""
-    return _resource(TypeUrl.CLUSTER, route, name, _text(1, name) + tail)
+    return resource_of(TypeUrl.CLUSTER, route, name, text(1, name) + tail)
 
 
 @lru_cache(maxsize=256)
-def cluster_tail(balancer: LoadBalancer) -> bytes:
+def cluster_tail(balancer: LoadBalancer, protocol: Protocol = Protocol.HTTP) -> bytes:
     """All of a cluster but its name, encoded."""
     least = balancer.policy is LbPolicy.LEAST_REQUEST
     message = cluster_v3.Cluster(
@@ -209,7 +256,9 @@ def cluster_tail(balancer: LoadBalancer) -> bytes:
         upstream_connection_options=cluster_v3.UpstreamConnectionOptions(
             tcp_keepalive=core_v3.TcpKeepalive(keepalive_probes=3, keepalive_time=30, keepalive_interval=5)
         ),
-        typed_extension_protocol_options={"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": _upstream_http()},
+        typed_extension_protocol_options={
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": _upstream(protocol)
+        },
     )
     return bytes(message)
 
@@ -259,7 +308,12 @@ def _outlier_detection() -> cluster_v3.OutlierDetection:
     )
 
 
-def _upstream_http() -> Any:
+def _upstream(protocol: Protocol) -> Any:
+    if protocol is Protocol.GRPC:
+        # No idle time-out: a server that closes says GOAWAY first. No pings either: gRPC servers end a connection that
+        # pings more often than every 5 minutes while nothing is asked on it. TCP's keepalive finds the dead.
+        config = http_v3.HttpProtocolOptionsExplicitHttpConfig(http2_protocol_options=core_v3.Http2ProtocolOptions())
+        return Any.pack(http_v3.HttpProtocolOptions(explicit_http_config=config))
     return Any.pack(
         http_v3.HttpProtocolOptions(
             # Shorter than the keep-alive of the usual servers (uvicorn 5 s, aiohttp 75 s): the proxy, not the server,
@@ -275,34 +329,41 @@ def _upstream_http() -> Any:
 # --------------------------------------------------------------------------------------------------- load assignments
 
 
-def _assignment(plan: RoutePlan, size: str, name: str) -> Resource:
-    """Endpoints that get no new requests (not ready) and those of weight 0 are left out: Envoy's weights start at 1.
+def _assignments(
+    plan: RoutePlan, names: Mapping[str, str], before: RouteResources | None
+) -> tuple[dict[str, Resource], _Encoded | None]:
+    """By cluster name, and what to build the next ones on."""
+    last = before.encoded if before is not None else None
+    shared = members(plan.route.endpoints, last.members if last is not None else None)
+    many = len(shared.heads) > CHUNK
+    made: dict[str, Resource] = {}
+    encoded: dict[str, Assignment] = {}
+    for size, name in names.items():
+        old = before.assignments.get(name) if before is not None else None
+        former = last.assignments.get(name) if last is not None else None
+        if old is not None and (former is not None or not many) and _weighs_alike(before, plan, size):
+            made[name] = old
+            if former is not None:
+                encoded[name] = former
+            continue
+        heads, weights = weighted(shared, plan.weights.get(size, {}))
+        assignment = encode(heads, weights, former)
+        digest = digest_of(name, b"".join(assignment.digests))
+        if old is None or old.digest != digest:
+            old = Resource(name, plan.route.spec.id, packed_assignment(name, assignment), digest, weights=weights)
+        made[name] = old
+        if many:
+            encoded[name] = assignment
+    return made, _Encoded(shared, encoded) if many else None
 
-    When every ready endpoint has weight 0 (the sum says "nothing can serve this"), all of them stay, equally: a
-    request that may be late is better than a 503. With no ready endpoint the assignment is empty and Envoy answers 503.
-    """
-    table: Mapping[EndpointId, int] = plan.weights.get(size, {})
-    ready = [e for e in plan.route.endpoints if e.ready]
-    weighted = [(e, table.get(e.id, 0)) for e in ready]
-    used = [(e, weight) for e, weight in weighted if weight > 0] or [(e, 1) for e in ready]
-    locality = b"".join(field(2, _lb_endpoint(e.address, e.port) + _lb_weight(weight)) for e, weight in used)
-    data = _text(1, name) + (field(2, locality) if used else b"")
-    return _resource(TypeUrl.ENDPOINT, plan.route.spec.id, name, data, tuple(weight for _, weight in used))
 
-
-@lru_cache(maxsize=65536)
-def _lb_endpoint(address: str, port: int) -> bytes:
-    """LbEndpoint.endpoint.address.socket_address, each the first field of its message; address = 2, port_value = 3.
-
-    By hand, as this is done for each of 10,000 endpoints at the start: 1 s of CPU with the generated classes.
-    """
-    socket = _text(2, address) + integer(3, port)
-    return field(1, field(1, field(1, socket)))
-
-
-@lru_cache(maxsize=4096)
-def _lb_weight(weight: int) -> bytes:
-    return bytes(endpoint_v3.LbEndpoint(load_balancing_weight=weight))
+def _weighs_alike(before: RouteResources | None, new: RoutePlan, size: str) -> bool:
+    """The very same endpoints, with the very same table of weights."""
+    old = before.plan if before is not None else None
+    if old is None or old.route.endpoints is not new.route.endpoints:
+        return False
+    table = new.weights.get(size)
+    return table is not None and old.weights.get(size) is table
 
 
 # -------------------------------------------------------------------------------------------------------------- routes
@@ -311,18 +372,18 @@ def _lb_weight(weight: int) -> bytes:
 def _virtual_host(spec: RouteSpec, names: Mapping[str, str]) -> Resource:
     action = _action_tail(spec.timeout_s, spec.retry)
     routes = [
-        _route(_match(spec.headers[: i + 1], size), names[size.name], action)
+        _route(route_match(spec.headers[: i + 1], size), names[size.name], action)
         for i in range(len(spec.headers))
         for size in spec.sizes
     ]
-    routes.append(_route(_match((), None), names[DEFAULT_CLASS], action))
+    routes.append(_route(route_match((), None), names[DEFAULT_CLASS], action))
     data = b"".join(field(3, route) for route in routes)
-    return Resource(str(spec.id), spec.id, data, _digest(str(spec.id), data), tuple(names.values()))
+    return Resource(str(spec.id), spec.id, data, digest_of(str(spec.id), data), tuple(names.values()))
 
 
 def _route(match: bytes, cluster: str, action_tail: bytes) -> bytes:
     """An encoded Route: match = 1, route = 2; of the RouteAction, cluster = 1."""
-    return match + field(2, _text(1, cluster) + action_tail)
+    return match + field(2, text(1, cluster) + action_tail)
 
 
 @lru_cache(maxsize=1024)
@@ -350,7 +411,7 @@ def _retry_policy(retry: Retry) -> route_v3.RetryPolicy:
 
 
 @lru_cache(maxsize=4096)
-def _match(headers: tuple[str, ...], size: SizeClass | None) -> bytes:
+def route_match(headers: tuple[str, ...], size: SizeClass | None) -> bytes:
     """An encoded Route's match: the last of `headers` says `size` and those before it are absent; None: everything."""
     matchers = []
     if size is not None:
