@@ -80,7 +80,7 @@ async def test_a_restart_of_the_server_moves_and_resends_nothing(tmp_path: Path)
                     await server.stop()
                     async with xds_server(port) as second:
                         # Connected, but silent until it knows a plan: "nothing" is no plan.
-                        while not second.gateways:
+                        while not second.status().proxies:
                             await asyncio.wait_for(second.wait_changed(), SYNC_S)
                         second.apply(plan(replace(route)))
                         await second.wait_synced(SYNC_S)
@@ -120,7 +120,7 @@ async def test_an_envoy_that_is_killed_in_mid_push_comes_back(tmp_path: Path) ->
             server.apply(plan(route_plan("default/r", {b: 1000}), route_plan("default/s", {b: 1000}, hosts=("s",))))
             os.kill(envoy.pid, signal.SIGKILL)
             async with asyncio.timeout(SYNC_S):
-                while server.gateways:
+                while server.status().proxies:
                     await server.wait_changed()
         async with (
             EnvoyProcess(tmp_path / "2", gateway(server.address, "gw")) as again,

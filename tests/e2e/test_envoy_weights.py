@@ -99,7 +99,7 @@ async def test_several_envoys_get_the_same(tmp_path: Path) -> None:
             await server.wait_synced(SYNC_S, proxies=2)
             assert {(await request(session, envoy.url))[1] for envoy in (one, two)} == {b}
             await two.stop()
-            while server.gateways == 2:
+            while len(server.status().proxies) == 2:
                 await server.wait_changed()
             server.apply(plan(route_plan("default/r", {a: 1000, b: 0})))
             await server.wait_synced(SYNC_S)
