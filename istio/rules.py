@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 from istio.policies import duration
-from meshctl.model import DEFAULT_CLASS, Retry, RouteSpec, SizeClass
+from meshctl.model import DEFAULT_CLASS, Protocol, Retry, RouteSpec, SizeClass
 from xds.requests import retry_on, size_pattern
 
 
 def http_rules(spec: RouteSpec, destinations: Callable[[str], list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The rules of every size class and, last, of the default one; `destinations` of a size class by name."""
-    how = {"timeout": duration(spec.timeout_s), "retries": _retries(spec.retry)}
+    how = {"timeout": duration(spec.timeout_s), "retries": _retries(spec.retry, spec.protocol)}
     return [
         *(
             {"name": s.name, "match": _matches(spec.headers, s), "route": destinations(s.name), **how}
@@ -38,9 +38,9 @@ def _matches(headers: tuple[str, ...], size: SizeClass) -> list[dict[str, Any]]:
     ]
 
 
-def _retries(retry: Retry) -> dict[str, Any]:
+def _retries(retry: Retry, protocol: Protocol) -> dict[str, Any]:
     """Explicitly none where none is wanted: Istio retries by default, and more than what no server has begun."""
     if retry.attempts == 0:
         return {"attempts": 0}
     limit = {} if retry.per_try_timeout_s is None else {"perTryTimeout": duration(retry.per_try_timeout_s)}
-    return {"attempts": retry.attempts, "retryOn": retry_on(retry), **limit}
+    return {"attempts": retry.attempts, "retryOn": retry_on(retry, protocol), **limit}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from meshctl.model import Retry, SizeClass
+from meshctl.model import Protocol, Retry, SizeClass
 from xds.intrange import INTEGER_PREFIX, range_pattern
 
 LEGACY_HEADER = "nv-inferrequest"
@@ -29,11 +29,14 @@ def size_pattern(header: str, size: SizeClass) -> str:
     return rf"(.*[\s,;])?batch_size:\s*{number}([\s,;].*)?" if header == LEGACY_HEADER else number
 
 
-def retry_on(retry: Retry) -> str:
+def retry_on(retry: Retry, protocol: Protocol = Protocol.HTTP) -> str:
     """Which failures are sent again, to another endpoint.
 
     Only what no server can have begun: inference is expensive and need not be idempotent. Where the route says that it
-    is, lost connections and a gateway's errors (502 to 504, a try's time-out among them) too.
+    is, lost connections and a gateway's errors (502 to 504, a try's time-out among them) too; gRPC's servers say
+    UNAVAILABLE, with status 200.
     """
     never_begun = "connect-failure,refused-stream,reset-before-request"
-    return f"{never_begun},reset,gateway-error" if retry.idempotent else never_begun
+    if not retry.idempotent:
+        return never_begun
+    return f"{never_begun},reset,gateway-error" + (",unavailable" if protocol is Protocol.GRPC else "")

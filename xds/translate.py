@@ -196,7 +196,7 @@ def with_domains(virtual_host: Resource, domains: tuple[str, ...]) -> Resource:
 
 def route_configuration(virtual_hosts: Iterable[Resource]) -> bytes:
     """The RouteConfiguration around its virtual hosts, as it stands in a response."""
-    return packed(TypeUrl.ROUTE, _route_configuration_head() + b"".join(v.packed for v in virtual_hosts))
+    return packed(TypeUrl.ROUTE, _route_configuration_head(), *(v.packed for v in virtual_hosts))
 
 
 def text(number: int, text: str) -> bytes:
@@ -370,7 +370,7 @@ def _weighs_alike(before: RouteResources | None, new: RoutePlan, size: str) -> b
 
 
 def _virtual_host(spec: RouteSpec, names: Mapping[str, str]) -> Resource:
-    action = _action_tail(spec.timeout_s, spec.retry)
+    action = _action_tail(spec.timeout_s, spec.retry, spec.protocol)
     routes = [
         _route(route_match(spec.headers[: i + 1], size), names[size.name], action)
         for i in range(len(spec.headers))
@@ -387,13 +387,13 @@ def _route(match: bytes, cluster: str, action_tail: bytes) -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def _action_tail(timeout_s: float, retry: Retry) -> bytes:
+def _action_tail(timeout_s: float, retry: Retry, protocol: Protocol) -> bytes:
     """All of a RouteAction but its cluster."""
-    policy = _retry_policy(retry) if retry.attempts > 0 else None
+    policy = _retry_policy(retry, protocol) if retry.attempts > 0 else None
     return bytes(route_v3.RouteAction(timeout=timedelta(seconds=timeout_s), retry_policy=policy))
 
 
-def _retry_policy(retry: Retry) -> route_v3.RetryPolicy:
+def _retry_policy(retry: Retry, protocol: Protocol) -> route_v3.RetryPolicy:
     previous_hosts = route_v3.RetryPolicyRetryHostPredicate(
         name="envoy.retry_host_predicates.previous_hosts",
         typed_config=Any(
@@ -402,7 +402,7 @@ def _retry_policy(retry: Retry) -> route_v3.RetryPolicy:
     )
     limit_s = retry.per_try_timeout_s
     return route_v3.RetryPolicy(
-        retry_on=retry_on(retry),
+        retry_on=retry_on(retry, protocol),
         num_retries=retry.attempts,
         per_try_timeout=None if limit_s is None else timedelta(seconds=limit_s),
         retry_host_predicate=[previous_hosts],

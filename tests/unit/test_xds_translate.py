@@ -11,9 +11,10 @@ from envoy_data_plane.envoy.config.core.v3 import Address, SocketAddress
 from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment, LbEndpoint, LocalityLbEndpoints
 from envoy_data_plane.envoy.config.endpoint.v3 import Endpoint as ProxyEndpoint
 from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
+from envoy_data_plane.envoy.extensions.upstreams.http.v3 import HttpProtocolOptions
 from envoy_data_plane.envoy.service.discovery.v3 import DiscoveryResponse
 
-from meshctl.model import Endpoint, EndpointId, LbPolicy, LoadBalancer, Retry
+from meshctl.model import Endpoint, EndpointId, LbPolicy, LoadBalancer, Protocol, Retry, RoutePlan
 from tests.harness.envoy import plan, route_plan
 from xds.snapshot import Group, Snapshot
 from xds.translate import Resource, RouteResources, translate, translate_route
@@ -46,6 +47,46 @@ def test_a_cluster_and_an_assignment_per_size_class() -> None:
     assert cluster.outlier_detection.max_ejection_percent == 50
 
 
+def test_grpc_servers_are_spoken_to_in_http2() -> None:
+    """And HTTP ones in HTTP/1.1, on connections that the proxy is the first to close."""
+    for protocol in Protocol:
+        wanted = route_plan("n/r", {A: 1000})
+        spec = replace(wanted.route.spec, protocol=protocol)
+        made = translate_route(replace(wanted, route=replace(wanted.route, spec=spec)))
+        (options,) = decoded(made.clusters["n/r/small"], Cluster).typed_extension_protocol_options.values()
+        found = HttpProtocolOptions.parse(options.value)
+        config, common = found.explicit_http_config, found.common_http_protocol_options
+        assert config is not None
+        assert (config.http2_protocol_options is not None) == (protocol is Protocol.GRPC)
+        assert (config.http_protocol_options is not None) == (protocol is Protocol.HTTP)
+        assert (common is not None) == (protocol is Protocol.HTTP)
+
+
+def test_what_did_not_change_is_the_same_object() -> None:
+    """Of the translation before: all but the one load assignment whose weights are others, and its plan."""
+    first = translate_route(route_plan("n/r", {A: 600, B: 400}, hosts=("x",)))
+    tables = {**one_plan(first).weights, "small": {EndpointId(A): 500, EndpointId(B): 500}}
+    plan = replace(one_plan(first), weights=tables)
+    second = translate_route(plan, first)
+    assert second.plan is plan
+    assert second.clusters is first.clusters
+    assert second.virtual_host is first.virtual_host
+    changed = [name for name, r in second.assignments.items() if r is not first.assignments[name]]
+    assert changed == ["n/r/small"]
+    spec = replace(plan.route.spec, timeout_s=2.0, proxy_groups=("edge",), hosts=("y",))
+    third = translate_route(replace(plan, route=replace(plan.route, spec=spec)), second)
+    assert (third.groups, third.hosts) == (("edge",), ("y",))
+    assert third.virtual_host != second.virtual_host
+    assert all(third.clusters[name] is r for name, r in second.clusters.items())
+    assert all(third.assignments[name] is r for name, r in second.assignments.items())
+
+
+def one_plan(resources: RouteResources) -> RoutePlan:
+    """What they were made of."""
+    assert resources.plan is not None
+    return resources.plan
+
+
 def test_retries_as_the_route_says() -> None:
     """None where it wants none; what may have run only where that may be repeated."""
     none = configured(Retry(attempts=0))
@@ -54,12 +95,14 @@ def test_retries_as_the_route_says() -> None:
         policy = route.route.retry_policy
         assert (policy.num_retries, policy.per_try_timeout) == (4, timedelta(seconds=0.5))
         assert policy.retry_on == "connect-failure,refused-stream,reset-before-request,reset,gateway-error"
+    (grpc, *_) = configured(Retry(attempts=1, idempotent=True), Protocol.GRPC)
+    assert grpc.route.retry_policy.retry_on.endswith(",gateway-error,unavailable")
 
 
-def configured(retry: Retry) -> Any:
+def configured(retry: Retry, protocol: Protocol = Protocol.HTTP) -> Any:
     """Envoy's routes of a plan with `retry`."""
     wanted = route_plan("n/r", {A: 1000})
-    spec = replace(wanted.route.spec, retry=retry)
+    spec = replace(wanted.route.spec, retry=retry, protocol=protocol)
     snapshot = build([translate_route(replace(wanted, route=replace(wanted.route, spec=spec)))])
     (host,) = RouteConfiguration.parse(DiscoveryResponse.parse(snapshot.routes.body()).resources[0].value).virtual_hosts
     return host.routes
