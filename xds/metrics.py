@@ -15,6 +15,9 @@ from xds.inspect import SHORT
 from xds.wire import TypeUrl
 
 PROTOCOLS = ("sotw", "delta")
+REJECTIONS = ("streams", "peer", "protocol", "identity", "slow")
+"""Why the server ends a stream: there are too many, or too many of one address; what it said is no request; who it says
+it is it may not be; it said or read nothing for too long."""
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
@@ -36,7 +39,7 @@ class XdsMetrics:
             buckets=BUCKETS_S,
         )
         streams = Gauge("meshctl_xds_streams", "Streams open.", ["protocol"], registry=registry)
-        self._rejected = Counter(
+        rejected = Counter(
             "meshctl_xds_rejected_streams", "Streams that the server ended, by why.", ["reason"], registry=registry
         )
         # All from the start, as zeros: rate() needs them.
@@ -45,6 +48,7 @@ class XdsMetrics:
         self._sent = {kind: sent.labels(SHORT[kind]) for kind in TypeUrl}
         self._nacks = {kind: nacks.labels(SHORT[kind]) for kind in TypeUrl}
         self._acks = {kind: acks.labels(SHORT[kind]) for kind in TypeUrl}
+        self._rejections = {reason: rejected.labels(reason) for reason in REJECTIONS}
         self._streams = {protocol: streams.labels(protocol) for protocol in PROTOCOLS}
 
     def observe(self, due: Callable[[], int], waiting: Callable[[], int]) -> None:
@@ -78,5 +82,5 @@ class XdsMetrics:
         self._nacks[kind].inc()
 
     def rejected(self, reason: str) -> None:
-        """`reason` is one of a few fixed words: it becomes a label."""
-        self._rejected.labels(reason).inc()
+        """`reason` is one of `REJECTIONS`."""
+        self._rejections[reason].inc()

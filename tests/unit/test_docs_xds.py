@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from xds.limits import Limits
-from xds.metrics import XdsMetrics
+from xds.metrics import REJECTIONS, XdsMetrics
 from xds.server import METHODS
 
 ROOT = Path(__file__).parents[2]
@@ -50,10 +50,9 @@ def test_limits_are_the_defaults() -> None:
 
 
 def test_metrics_are_those_that_are_exported() -> None:
-    """Each by name, with its label."""
+    """Each by name, with its label; and the words of the one that says why."""
     metrics = XdsMetrics()
     metrics.observe(lambda: 0, lambda: 0)
-    metrics.rejected("peer")
     samples = [sample for family in metrics.registry.collect() for sample in family.samples]
     exported = {
         re.sub("_(bucket|count|sum)$", "", s.name) + "".join(f"{{{label}}}" for label in s.labels if label != "le")
@@ -61,3 +60,6 @@ def test_metrics_are_those_that_are_exported() -> None:
         if not s.name.endswith("_created")
     }
     assert set(re.findall(r"`(meshctl_xds_[^`]+)`", section("Metrics"))) == exported
+    words = re.search(r"rejected_streams_total.* ended: (.*) \|", section("Metrics"))
+    assert words is not None
+    assert words[1].replace("`", "").split(", ") == list(REJECTIONS)
