@@ -105,20 +105,22 @@ class Cache:
 
     def apply(self, plan: Plan) -> int:
         """Publishes `plan`; how many resources changed. Raises InconsistentError, and then publishes nothing."""
-        if self._groups and self._unchanged(plan):
+        known = self._routes
+        gone = known.keys() - plan.routes.keys()
+        changed = [
+            (route, routed)
+            for route, routed in plan.routes.items()
+            if (state := known.get(route)) is None or state.plan is not routed
+        ]
+        if self._groups and not changed and not gone:
             return 0
-        return self.put({r: self._translated(r, routed) for r, routed in plan.routes.items()}, plan.routes)
+        return self._publish({route: self._translated(route, routed) for route, routed in changed}, gone)
 
-    def put(
-        self, wanted: Mapping[RouteId, RouteResources], plans: Mapping[RouteId, RoutePlan] = MappingProxyType({})
-    ) -> int:
+    def put(self, wanted: Mapping[RouteId, RouteResources]) -> int:
         """Publishes resources as they are: what `apply` does with a plan's."""
-        new = {}
-        for route, resources in wanted.items():
-            known, plan = self._routes.get(route), plans.get(route)
-            if known is None or known.wanted is not resources or known.plan is not plan:
-                new[route] = self._merged(known, resources, plan)
-        return self._publish(new, self._routes.keys() - wanted.keys())
+        known = self._routes
+        new = {route: self._merged(known.get(route), resources, None) for route, resources in wanted.items()}
+        return self._publish(new, known.keys() - wanted.keys())
 
     def refuse(self, nack: Nack) -> bool:
         """Quarantines what `nack` was about; whether that changed what is published.
@@ -148,17 +150,9 @@ class Cache:
                     state.good.append(state.published)
                     self._unproven.discard(route)
 
-    def _unchanged(self, plan: Plan) -> bool:
-        if len(plan.routes) != len(self._routes):
-            return False
-        known = self._routes
-        return all(route in known and known[route].plan is routed for route, routed in plan.routes.items())
-
-    def _translated(self, route: RouteId, plan: RoutePlan) -> RouteResources:
+    def _translated(self, route: RouteId, plan: RoutePlan) -> _Route:
         known = self._routes.get(route)
-        if known is None:
-            return translate_route(plan)
-        return known.wanted if known.plan is plan else translate_route(plan)
+        return self._merged(known, translate_route(plan, None if known is None else known.wanted), plan)
 
     def _merged(self, known: _Route | None, wanted: RouteResources, plan: RoutePlan | None) -> _Route:
         """A new state, so that a publish that fails leaves the old one as it was."""

@@ -31,7 +31,6 @@ from xds.wire import (
     ProtocolError,
     Request,
     TypeUrl,
-    delta_response,
     interned,
     response,
 )
@@ -301,7 +300,7 @@ class DeltaChannel(Channel):
         after = target if plain else self.sent.replaced(changes.changed, changes.removed)
         self._launch(Flight(nonce, target.version, after, changes.changed, changes.removed))
         self._wanted.clear()
-        return delta_response(self.type_url, target.version, nonce, body)
+        return response(self.type_url, target.version, nonce, body)
 
     def _changes(self, target: Table) -> Changes:
         """What is to be sent: what changed and was not refused, and of what was asked for that there is none."""

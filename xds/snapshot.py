@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 
 from meshctl.errors import MeshctlError
 from meshctl.model import Problem, RouteId
@@ -179,7 +180,7 @@ class Group:
 def _configuration(hosts: Mapping[str, Resource]) -> Resource:
     """The one RouteConfiguration of all virtual hosts."""
     parts = tuple(hosts.values())
-    needs = frozenset(name for host in parts for name in host.needs)
+    needs = frozenset(chain.from_iterable(host.needs for host in parts))
     digest = sum(host.digest for host in parts)
     return Resource(ROUTE_CONFIGURATION, RouteId(""), route_configuration(parts), digest, needs, parts=parts)
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from xds.channel import Answer, Channel, DeltaChannel, WorldChannel
@@ -50,9 +51,9 @@ class Subscription:
     """See the module. `receive` takes what the client says, `respond` gives what it must be sent next."""
 
     __slots__ = (
+        "_changed",
         "_channels",
         "_clusters",
-        "_cold",
         "_endpoints",
         "_listeners",
         "_returning",
@@ -74,8 +75,8 @@ class Subscription:
         self.newest = TypeUrl.CLUSTER
         """The type of the newest response."""
         self._sent = 0
-        self._cold: set[str] = set()
-        """Clusters whose load assignment was not accepted since the cluster last changed."""
+        self._changed: set[str] = set()
+        """Clusters that were sent on this stream, and whose load assignment was not accepted since."""
         self._returning = False
         """The client has state of an earlier stream, with routes that are unknown until it accepts ours."""
 
@@ -145,7 +146,9 @@ class Subscription:
             return
         if answer.type_url is TypeUrl.ENDPOINT:
             # what was asked for again meanwhile is not in `accepted`
-            self._cold.difference_update(r.name for r in answer.flight.contents if r.name in self._endpoints.accepted)
+            self._changed.difference_update(
+                r.name for r in answer.flight.contents if r.name in self._endpoints.accepted
+            )
         elif answer.type_url is TypeUrl.ROUTE:
             self._returning = False
 
@@ -186,22 +189,25 @@ class Subscription:
             return False
         if self.gateway and not (self._clusters.wildcard and self._routes.asked):
             return False
-        if self.gateway and not self._cold.isdisjoint(snapshot.clusters):
-            return False
-        return all(channel.settled(target) for channel, target in targets)
+        return all(channel.settled(target) for channel, target in targets) and not (
+            self.gateway and self._cold(snapshot.clusters)
+        )
+
+    def _cold(self, clusters: Collection[str]) -> bool:
+        """Whether one of `clusters` may have no endpoints at the client: none were accepted since it was sent."""
+        accepted = self._endpoints.accepted
+        return not (self._changed.isdisjoint(clusters) and all(name in accepted for name in clusters))
 
     def _adopt(self, snapshot: Snapshot) -> None:
         """What the client had when it connected counts as accepted where it is what it should have."""
         clusters, endpoints, routes = self._clusters, self._endpoints, self._routes
         if clusters.claims:
             clusters.adopt(_asked(clusters, snapshot.clusters))
-            self._cold.update(clusters.accepted)
-            self._cold.difference_update(endpoints.accepted)
         if routes.claims and routes.adopt(_asked(routes, snapshot.routes)):
             self._returning = False
         if endpoints.claims:
             endpoints.adopt(self._assignments(snapshot))
-            self._cold.difference_update(endpoints.accepted)
+            endpoints.again(frozenset(self._changed))
         if self._listeners.claims:
             self._listeners.adopt(_asked(self._listeners, snapshot.listeners))
 
@@ -227,8 +233,8 @@ class Subscription:
         """Envoy acknowledges clusters only once they are warm, so their endpoints follow at once, not after the ACK."""
         changes = new.since(had)
         names = frozenset(r.name for r in changes.changed)
-        self._cold |= names
-        self._cold.difference_update(changes.removed)
+        self._changed |= names
+        self._changed.difference_update(changes.removed)
         self._endpoints.again(names)
 
     def _cluster_target(self, snapshot: Snapshot) -> Table:
@@ -267,11 +273,8 @@ class Subscription:
         asks for routes before clusters, so it is waited for."""
         if not self.gateway or (self._clusters.asked and not self._clusters.wildcard):
             return True
-        accepted = self._clusters.accepted
-        if accepted is snapshot.clusters and not self._cold:
-            return True
-        needs = (name for resource in routes.values() for name in resource.needs)
-        return all(name in accepted and name not in self._cold for name in needs)
+        needs = frozenset(chain.from_iterable(resource.needs for resource in routes.values()))
+        return needs <= self._clusters.accepted.keys() and not self._cold(needs)
 
 
 def _asked(channel: Channel, table: Table) -> Table:

@@ -25,12 +25,17 @@ from meshctl.controller.metrics import Metrics
 from meshctl.errors import InputError
 from meshctl.ports import Clock, SignalSource
 from xds.credentials import Security
+from xds.limits import Limits
+from xds.metrics import XdsMetrics
 from xds.server import XdsServer
 
 if TYPE_CHECKING:
     from meshctl.controller.cluster import ClusterParts
 
 log = structlog.get_logger(__name__)
+
+DRAIN_S = 2.0
+"""Of a replica that is told to end: its proxies go to the others one after the other, well within the pod's 30 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +60,14 @@ async def running(config: Config) -> AsyncIterator[Controller]:
             parts = await stack.enter_async_context(cluster_parts(config.cluster, clock))
             metrics.observe_gpus(parts.gpus)
         security = None if config.xds_tls is None else Security.load(config.xds_tls, config.xds_identities)
-        server = await XdsServer.start(config.xds.host, config.xds.port, security=security)
+        limits = Limits(drain_s=0.0 if parts is None else DRAIN_S)
+        server = await XdsServer.start(
+            config.xds.host, config.xds.port, security=security, limits=limits, metrics=XdsMetrics(metrics.registry)
+        )
         stack.push_async_callback(server.stop)  # for a start that fails; harmless after the loop's own
         loop = _loop(config, clock, metrics, server, parts)
         stack.push_async_callback(loop.stop)
-        admin = AdminServer(loop.state, metrics)
+        admin = AdminServer(loop.state, metrics, server)
         await admin.start(config.admin)
         stack.push_async_callback(admin.stop)
         await loop.start()
