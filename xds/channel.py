@@ -264,7 +264,7 @@ class DeltaChannel(Channel):
                     f"{len(self.names)} names subscribed to; at most {MOST_NAMES} are served on one stream"
                 )
             self._forget(gone)
-            asked = subscribed - {ANY} - request.versions.keys()
+            asked = subscribed.difference({ANY}, request.versions)
             self.again(asked)
             self._wanted |= asked
 

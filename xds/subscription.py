@@ -126,7 +126,7 @@ class Subscription:
             assert isinstance(channel, WorldChannel)  # noqa: S101
             answer, had = channel.receive(request), bool(request.version)
         if first and channel is self._clusters:
-            self._returning = had
+            self._returning = had and self.only is None  # on a stream of its own nobody says what the routes name
         if answer is not None:
             self._answered(answer)
         return answer
