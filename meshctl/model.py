@@ -467,6 +467,16 @@ class ProxyStatus:
     """The text of its last NACK, "" when none is outstanding."""
     mesh: bool = False
     """Configured by istiod: it serves the meshed routes, and no others."""
+    group: str = PROXY_GROUP
+    """Whose routes it is served by our xDS server."""
+    proxyless: bool = False
+    """A gRPC client that routes for itself: it is served the routes that speak gRPC."""
+
+    def serves(self, spec: RouteSpec) -> bool:
+        """Whether requests for `spec` come by here."""
+        if self.mesh or spec.meshed:
+            return self.mesh and spec.meshed
+        return self.group in spec.proxy_groups and (not self.proxyless or spec.protocol is Protocol.GRPC)
 
 
 @dataclass(frozen=True, slots=True)

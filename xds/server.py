@@ -36,7 +36,7 @@ from xds.metrics import XdsMetrics
 from xds.snapshot import Snapshot
 from xds.stream import Stream
 from xds.translate import Resource, Resources
-from xds.wire import ProtocolError, TypeUrl, parse_delta_request, parse_request
+from xds.wire import Flavour, ProtocolError, TypeUrl, parse_delta_request, parse_request
 
 log = structlog.get_logger(__name__)
 
@@ -162,6 +162,8 @@ class XdsServer:
                 admin=subscription.node.admin,
                 synced=stream.synced and (other is None or other.synced),
                 error=subscription.error or ("" if other is None else other.error),
+                group=subscription.node.group,
+                proxyless=subscription.node.flavour is Flavour.GRPC,
             )
         return tuple(sorted(found.values(), key=lambda p: (p.node, p.admin)))
 

@@ -191,11 +191,12 @@ def _programmed(plan: RoutePlan, dataplane: DataPlaneStatus) -> Condition:
     waiting = dataplane.waiting.get(spec.id)
     if waiting is not None:
         return condition(Status.FALSE, PENDING, f"not in force yet: {waiting}")
-    proxies = [proxy for proxy in dataplane.proxies if proxy.mesh == spec.meshed]
+    proxies = [proxy for proxy in dataplane.proxies if proxy.serves(spec)]
     if not proxies:
         if spec.meshed:
             return condition(Status.UNKNOWN, NOT_CONFIRMED, "written, but no gateway is known that could confirm it")
-        return condition(Status.UNKNOWN, "NoProxies", "no proxy is connected")
+        groups = " or ".join(spec.proxy_groups)
+        return condition(Status.UNKNOWN, "NoProxies", f"no proxy of group {groups} is connected")
     late = sorted(proxy.node for proxy in proxies if not proxy.synced)
     if late and not spec.meshed:  # what a gateway lacks of a meshed route is in `waiting`
         return condition(Status.FALSE, PENDING, f"not acknowledged yet by {_few(late)}")

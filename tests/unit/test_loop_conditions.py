@@ -179,3 +179,20 @@ def test_an_unmet_slo_names_the_worst_size_and_its_figure() -> None:
     plan = _plan(feasible=False, attainment={"small": 0.9, "large": 0.205})
     found = {c.type: c for c in conditions(plan, FRESH, SYNCED, [], NOW_S)}
     assert "large: 20.50%" in found[FEASIBLE].message
+
+
+@pytest.mark.parametrize(
+    ("proxy", "serves"),
+    [
+        (ProxyStatus("a", "", synced=True, group="edge"), True),
+        (ProxyStatus("a", "", synced=True), False),
+        (ProxyStatus("a", "", synced=True, group="edge", proxyless=True), False),
+        (ProxyStatus("a", "", synced=True, mesh=True, group="edge"), False),
+    ],
+    ids=["of its group", "of another group", "a gRPC client of an HTTP route", "of the mesh"],
+)
+def test_only_proxies_that_serve_a_route_speak_for_it(proxy: ProxyStatus, serves: bool) -> None:
+    """Another group's acknowledge other routes."""
+    plan = _plan(route=desired_route(proxy_groups=("edge",)))
+    found = {c.type: c for c in conditions(plan, {}, DataPlaneStatus((proxy,)), (), 0.0)}[PROGRAMMED]
+    assert (found.status, found.reason) == ((Status.TRUE, "Acknowledged") if serves else (Status.UNKNOWN, "NoProxies"))
