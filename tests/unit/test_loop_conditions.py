@@ -194,5 +194,5 @@ def test_an_unmet_slo_names_the_worst_size_and_its_figure() -> None:
 def test_only_proxies_that_serve_a_route_speak_for_it(proxy: ProxyStatus, serves: bool) -> None:
     """Another group's acknowledge other routes."""
     plan = _plan(route=desired_route(proxy_groups=("edge",)))
-    found = {c.type: c for c in conditions(plan, {}, DataPlaneStatus((proxy,)), (), 0.0)}[PROGRAMMED]
+    found = {c.type: c for c in conditions(plan, None, DataPlaneStatus((proxy,)), (), 0.0)}[PROGRAMMED]
     assert (found.status, found.reason) == ((Status.TRUE, "Acknowledged") if serves else (Status.UNKNOWN, "NoProxies"))
