@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from envoy_data_plane.envoy.config.core.v3 import Node
-from envoy_data_plane.envoy.service.discovery.v3 import DeltaDiscoveryRequest, DeltaDiscoveryResponse
 from grpc import aio
 from prometheus_client import CollectorRegistry
 
 from tests.featuretests.test_xds_dialogue import CDS, EDS, LDS, ONE, RDS, A, B, connect, one, two
-from tests.harness.ads_client import DEADLINE_S, ads_stream
+from tests.harness.ads_client import DEADLINE_S, ads_stream, delta_stream
 from tests.harness.envoy import plan, route_plan, xds_server
 from xds.inspect import SHORT, StreamStatus, SyncState
 from xds.metrics import XdsMetrics
@@ -43,7 +41,7 @@ async def test_an_envoy_is_followed_from_its_first_request_until_it_goes() -> No
     """Not asked, not sent before there is a plan, stale while unanswered, synced; gone when it is gone."""
     async with xds_server() as server:
         assert server.streams() == ()
-        async with ads_stream(server.address, "gw", group="blue") as stream:
+        async with ads_stream(server.address, "gw", cluster="blue") as stream:
             await stream.ask(CDS)
             found = await seen(server, lambda s: "gw" in s)
             assert states(found["gw"]) == {"CDS": NOT_SENT, "EDS": NOT_ASKED, "LDS": NOT_ASKED, "RDS": NOT_ASKED}
@@ -123,24 +121,23 @@ async def test_a_refusal_is_shown_word_for_word_and_what_was_before_is_held() ->
 
 async def test_a_delta_stream_for_one_type_is_shown_as_such() -> None:
     """And two streams of one node are two; what they hold together is one configuration."""
-    async with xds_server() as server, ads_stream(server.address, "gw") as stream:
+    async with (
+        xds_server() as server,
+        ads_stream(server.address, "gw") as stream,
+        delta_stream(server.address, "gw", only=CDS) as other,
+    ):
         server.apply(plan(one()))
         await connect(stream, ONE)
-        async with aio.insecure_channel(server.address) as channel:
-            call = channel.stream_stream("/envoy.service.cluster.v3.ClusterDiscoveryService/DeltaClusters")()
-            request = DeltaDiscoveryRequest(node=Node(id="gw", cluster="meshctl"), resource_names_subscribe=[ONE[0]])
-            await call.write(bytes(request))
-            response = DeltaDiscoveryResponse.parse(await asyncio.wait_for(call.read(), DEADLINE_S))
-            assert [resource.name for resource in response.resources] == ONE[:1]
-            await call.write(bytes(DeltaDiscoveryRequest(response_nonce=response.nonce)))
-            async with asyncio.timeout(DEADLINE_S):
-                while [s.types[0].state for s in server.streams()] != [SYNCED, SYNCED]:
-                    await server.wait_changed()
-            by_service = {s.service: s for s in server.streams()}
-            assert {(s.service, s.protocol) for s in server.streams()} == {("ADS", "sotw"), ("CDS", "delta")}
-            assert by_service["CDS"].types[0].resources == 1
-            assert held(server, "gw")["CDS"] == ONE
-            call.cancel()
+        await other.ask(CDS, ONE[:1])
+        await other.ack(await other.read())
+        async with asyncio.timeout(DEADLINE_S):
+            while [s.types[0].state for s in server.streams()] != [SYNCED, SYNCED]:
+                await server.wait_changed()
+        assert {(s.service, s.protocol): s.types[0].resources for s in server.streams()} == {
+            ("ADS", "sotw"): 4,
+            ("CDS", "delta"): 1,
+        }
+        assert held(server, "gw")["CDS"] == ONE
 
 
 async def test_health_is_that_of_what_is_published() -> None:
