@@ -74,3 +74,27 @@ async def test_the_extender_bench_places_every_pod() -> None:
     for part in ("Filter by names, p99", "Bind, p99", "Filter / receive and parse", "resident when ready"):
         assert values(found, part), part
     assert values(found, "pods that found no node") == [0]
+
+
+@pytest.mark.envoy
+async def test_the_xds_bench_loses_no_client_and_no_request() -> None:
+    """Every row of its table is there: bytes, a few streams of each kind, decisions and changes in a real Envoy."""
+    require_envoy()
+    found = await report("xds", "--streams", "10", "--routes", "5")
+    for part in (
+        "every weight changed",
+        "one weight changed",
+        "full snapshot from nothing",
+        "one route changed",
+        "first request, parsed",
+        "ACK, parsed",
+        "one change, all ACKed, p50",
+        "one change, all ACKed, p99",
+        "all clients reconnect",
+        "memory per idle stream",
+        "decision -> ACKed by Envoy, 5 routes",
+        "decision -> first answer by it, 5 routes",
+    ):
+        assert values(found, part), part
+    assert values(found, "refused for good") == [0, 0]
+    assert values(found, "failed requests") == [0]
