@@ -3,7 +3,8 @@ of the controller, the agent and the extender may do what these do and nothing e
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,30 @@ async def test_it_applies_and_its_pods_are_let_in(deployed: str, cluster: Cluste
     del pod["spec"]["securityContext"]
     with pytest.raises(KubectlError, match="PodSecurity"):
         await _let_in(cluster, pod)
+
+
+async def test_an_overlay_with_xds_tls_serves_who_has_a_certificate(
+    deployed: str, cluster: Cluster, tmp_path: Path
+) -> None:
+    """The component adds what it takes, and takes plain text away; the rest is as it was."""
+    rendered = await cluster.kubectl("kustomize", str(_overlay(tmp_path, "xds-tls")))
+    await cluster.kubectl("apply", "--server-side", "--dry-run=server", "--filename=-", stdin=rendered)
+    objects = list(YAML(typ="safe").load_all(rendered))
+    (deployment,) = [o for o in objects if (o["kind"], o["metadata"]["name"]) == ("Deployment", "meshctl")]
+    spec = deployment["spec"]["template"]["spec"]
+    await _let_in(cluster, {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "one"}, "spec": spec})
+    (container,) = spec["containers"]
+    parameters, before = _parameters(container["args"]), _parameters(_container("deployment.yaml")["args"])
+    changed = {name for name in parameters if parameters[name] != before[name]}
+    assert changed == {"xds_insecure", "xds_tls_cert", "xds_tls_key", "xds_client_ca"}
+    (mounted,) = [mount for mount in container["volumeMounts"] if mount["name"] == "xds"]
+    files = [Path(parameters[name]) for name in ("xds_tls_cert", "xds_tls_key", "xds_client_ca")]
+    assert files == [Path(mounted["mountPath"], name) for name in ("tls.crt", "tls.key", "ca.crt")]
+    (secret,) = [volume["secret"]["secretName"] for volume in spec["volumes"] if volume["name"] == "xds"]
+    made = _documents("xds-tls/cert-manager.yaml")
+    certificates = {c["spec"]["secretName"]: c["spec"] for c in made if "secretName" in c["spec"]}
+    (service,) = _documents("service.yaml")
+    assert f"{service['metadata']['name']}.{NAMESPACE}.svc" in certificates[secret]["dnsNames"]
 
 
 async def test_its_account_may_do_what_is_needed_and_nothing_else(deployed: str, cluster: Cluster) -> None:
@@ -251,14 +276,15 @@ def test_everything_that_is_watched_may_be_watched() -> None:
 
 def test_the_container_starts_meshctl_with_options_that_it_has() -> None:
     """And probes and Services meet the ports that it is told to listen on."""
-    deployment = _documents("deployment.yaml")[0]
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    command, *arguments = container["args"]
-    group: Any = typer.main.get_command(app)
-    context = group.get_command(None, command).make_context(command, arguments)
-    assert (context.params["istio"], context.params["lease"]) == (True, "$(NAMESPACE)/meshctl")
+    container = _container("deployment.yaml")
+    parameters = _parameters(container["args"])
+    assert (parameters["istio"], parameters["lease"]) == (True, "$(NAMESPACE)/meshctl")
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
-    assert [context.params[name] for name in ("xds", "admin")] == [f"0.0.0.0:{ports[n]}" for n in ("xds", "admin")]
+    assert [parameters[name] for name in ("xds", "admin")] == [f"0.0.0.0:{ports[n]}" for n in ("xds", "admin")]
+    assert parameters["xds_insecure"], "it would not start: others can reach it"
+    (policy,) = _documents("network.yaml")
+    (xds,) = [rule["from"] for rule in policy["spec"]["ingress"] if rule["ports"] == [{"port": "xds"}]]
+    assert xds == [{"namespaceSelector": {"matchLabels": {"meshctl.io/proxies": "true"}}}]
     (service,) = _documents("service.yaml")
     assert {port["targetPort"]: port["port"] for port in service["spec"]["ports"]} == ports
 
@@ -268,9 +294,7 @@ def test_the_agents_container_starts_meshctl_with_options_that_it_has() -> None:
     (daemons,) = _documents("agent/daemonset.yaml")
     spec = daemons["spec"]["template"]["spec"]
     (container,) = spec["containers"]
-    command, *arguments = container["args"]
-    group: Any = typer.main.get_command(app)
-    parameters = group.get_command(None, command).make_context(command, arguments).params
+    parameters = _parameters(container["args"])
     (port,) = container["ports"]
     assert (parameters["node"], parameters["admin"]) == ("$(NODE_NAME)", f"0.0.0.0:{port['containerPort']}")
     mounted = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
@@ -285,9 +309,7 @@ def test_the_extenders_container_starts_meshctl_with_options_that_it_has() -> No
     deployment, _ = _documents("extender/deployment.yaml")
     spec = deployment["spec"]["template"]["spec"]
     (container,) = spec["containers"]
-    command, *arguments = container["args"]
-    group: Any = typer.main.get_command(app)
-    parameters = group.get_command(None, command).make_context(command, arguments).params
+    parameters = _parameters(container["args"])
     (port,) = container["ports"]
     assert parameters["listen"] == f"0.0.0.0:{port['containerPort']}"
     assert (parameters["lease"], parameters["pod"]) == ("$(NAMESPACE)/meshctl-extender", "$(NAMESPACE)/$(POD_NAME)")
@@ -322,6 +344,26 @@ async def _let_in(cluster: Cluster, pod: dict[str, Any], namespace: str = NAMESP
     """Raises KubectlError when the API server would not take it."""
     command = ("create", "--filename=-", "--dry-run=server", "--namespace", namespace)
     await cluster.kubectl(*command, stdin=orjson.dumps(pod).decode())
+
+
+def _overlay(directory: Path, component: str) -> Path:
+    """`directory`, with an overlay of deploy/ that has one of its components."""
+    base = os.path.relpath(DEPLOY, directory)  # kustomize takes no other
+    (directory / "kustomization.yaml").write_text(f"resources: [{base}]\ncomponents: [{base}/{component}]\n")
+    return directory
+
+
+def _container(name: str) -> dict[str, Any]:
+    """The container of the first object of a file."""
+    (container,) = _documents(name)[0]["spec"]["template"]["spec"]["containers"]
+    return dict(container)
+
+
+def _parameters(arguments: Sequence[str]) -> dict[str, Any]:
+    """What meshctl makes of its arguments. It raises for options that it does not have."""
+    command, *rest = arguments
+    group: Any = typer.main.get_command(app)
+    return dict(group.get_command(None, command).make_context(command, rest).params)
 
 
 def _documents(name: str) -> list[Any]:
