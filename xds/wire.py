@@ -83,6 +83,14 @@ class Names:
 NO_NAMES = Names(b"", frozenset())
 MOST_NAMES = 65_536
 """In one request. 10,000 routes have 40,000 clusters; who asks for more than this asks for what is not there."""
+MOST_FIELDS = 2 * MOST_NAMES
+"""Of one message. Reading 8 MB of two-byte fields would hold up everybody's stream for seconds."""
+_FEW_FIELDS = 16
+"""Of a message that has two."""
+LONGEST_TEXT_BYTES = 4096
+"""Of a name, version, nonce or what a node says of itself, which are kept while the stream is open."""
+LONGEST_ERROR = 16_384
+"""Characters that are kept of a client's words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,26 +184,31 @@ def parse_request(data: bytes, known: Names = NO_NAMES) -> Request:
     """Raises ProtocolError when `data` is not a DiscoveryRequest. Where its names are the same bytes as `known`, these
     are taken instead of reading them again."""
     type_url = version = nonce = ""
-    names = NO_NAMES
+    runs: list[bytes] = []
     node, error = None, None
-    at, size = 0, len(data)
+    at, size, count = 0, len(data), 0
     while at < size:
+        count += 1
+        _limited_fields(count)
         if data[at] == _NAME_KEY:
-            names, at = _names(data, at, known if names is NO_NAMES else NO_NAMES, names)
+            run, at = _run_of_names(data, at, known)
+            runs.append(run)
             continue
         number, value, at = _field(data, at)
         match number:
             case 1:
                 version = _text(value)
             case 2:
-                node = _node(_message(value))
+                node = value
             case 4:
                 type_url = _text(value)
             case 5:
                 nonce = _text(value)
             case 6:
-                error = _status(_message(value))
-    return Request(type_url, version, nonce, names, node, error)
+                error = value
+    raw = b"".join(runs)
+    names = known if raw == known.raw else _intern(raw)
+    return Request(type_url, version, nonce, names, _node(node), _status(error))
 
 
 def parse_delta_request(data: bytes) -> DeltaRequest:
@@ -208,7 +221,7 @@ def parse_delta_request(data: bytes) -> DeltaRequest:
     for number, value in fields(data):
         match number:
             case 1:
-                node = _node(_message(value))
+                node = value
             case 2:
                 type_url = _text(value)
             case 3:
@@ -216,15 +229,15 @@ def parse_delta_request(data: bytes) -> DeltaRequest:
             case 4:
                 unsubscribe.append(_text(value))
             case 5:
-                entry = dict(fields(_message(value)))
+                entry = dict(fields(_message(value), _FEW_FIELDS))
                 versions[_text(entry.get(1, b""))] = _text(entry.get(2, b""))
             case 6:
                 nonce = _text(value)
             case 7:
-                error = _status(_message(value))
-    for count in (len(subscribe), len(unsubscribe), len(versions)):
-        _limited(count)
-    return DeltaRequest(type_url, nonce, tuple(subscribe), tuple(unsubscribe), versions, node, error)
+                error = value
+    for names in (subscribe, unsubscribe, versions):
+        _limited(len(names))
+    return DeltaRequest(type_url, nonce, tuple(subscribe), tuple(unsubscribe), versions, _node(node), _status(error))
 
 
 _interned: WeakValueDictionary[bytes, Names] = WeakValueDictionary()
@@ -244,35 +257,47 @@ def names_of(values: Iterable[str]) -> Names:
     return _intern(b"".join(field(3, value.encode()) for value in values))
 
 
-def _names(data: bytes, at: int, known: Names, before: Names) -> tuple[Names, int]:
-    """The run of names that begins at `at`, added to those `before` it; and where it ends."""
+def _run_of_names(data: bytes, at: int, known: Names) -> tuple[bytes, int]:
+    """The names that follow each other from `at` on, as they stand there; and where they end."""
     end = at + len(known.raw)
     if known.raw and data.startswith(known.raw, at) and (end == len(data) or data[end] != _NAME_KEY):
-        return known, end
-    end = at
+        return known.raw, end
+    end, count = at, 0
     while end < len(data) and data[end] == _NAME_KEY:
+        count += 1
+        _limited(count)
         _, _, end = _field(data, end)
-    return _intern(before.raw + data[at:end]), end
+    return data[at:end], end
 
 
 def _intern(raw: bytes) -> Names:
+    if not raw:
+        return NO_NAMES
     found = _interned.get(raw)
     if found is None:
-        values = interned(frozenset(_text(value) for _, value in fields(raw)))
+        values = [_text(value) for _, value in fields(raw)]
         _limited(len(values))
-        found = _interned[raw] = Names(raw, values) if raw else NO_NAMES
+        found = _interned[raw] = Names(raw, interned(frozenset(values)))
     return found
 
 
 def _limited(count: int) -> None:
     if count > MOST_NAMES:
-        raise ProtocolError(f"a request for {count} resources by name; at most {MOST_NAMES} are served on one stream")
+        raise ProtocolError(f"a request for more than {MOST_NAMES} resources by name; no stream is served more")
 
 
-def fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
-    """Number and value of each field of an encoded message. Raises ProtocolError where it is cut short or garbled."""
-    at, size = 0, len(data)
+def _limited_fields(count: int, most: int = MOST_FIELDS) -> None:
+    if count > most:
+        raise ProtocolError(f"not a DiscoveryRequest: a message of more than {most} fields")
+
+
+def fields(data: bytes, most: int = MOST_FIELDS) -> Iterator[tuple[int, bytes | int]]:
+    """Number and value of each field of an encoded message. Raises ProtocolError where it is cut short, garbled, or has
+    more than `most`."""
+    at, size, count = 0, len(data), 0
     while at < size:
+        count += 1
+        _limited_fields(count, most)
         number, value, at = _field(data, at)
         yield number, value
 
@@ -319,21 +344,34 @@ def _message(value: bytes | int) -> bytes:
 
 
 def _text(value: bytes | int) -> str:
+    data = _message(value)
+    if len(data) > LONGEST_TEXT_BYTES:
+        raise ProtocolError(
+            f"not a DiscoveryRequest: a string of {len(data)} bytes where {LONGEST_TEXT_BYTES} are the most"
+        )
+    return _decoded(data)
+
+
+def _decoded(data: bytes) -> str:
     try:
-        return _message(value).decode()
+        return data.decode()
     except UnicodeDecodeError as error:
         raise ProtocolError(f"not a DiscoveryRequest: a string that is not UTF-8 ({error})") from error
 
 
-def _node(data: bytes) -> Node:
+def _node(value: bytes | int | None) -> Node | None:
     """id = 1, cluster = 2, metadata = 3 (a Struct), user_agent_name = 6; extensions and the rest are skipped."""
+    if value is None:
+        return None
     texts = {1: "", 2: "", 6: ""}
     told = {ADMIN_METADATA: "", GROUP_METADATA: ""}
-    for number, value in fields(data):
+    metadata: bytes | int = b""
+    for number, part in fields(_message(value)):
         if number in texts:
-            texts[number] = _text(value)
+            texts[number] = _text(part)
         elif number == 3:
-            told.update(_struct_strings(_message(value), told))
+            metadata = part
+    told.update(_struct_strings(_message(metadata), told))
     return Node(texts[1], texts[2], told[ADMIN_METADATA], told[GROUP_METADATA], texts[6])
 
 
@@ -343,14 +381,16 @@ def _struct_strings(data: bytes, keys: Collection[str]) -> dict[str, str]:
     for number, entry in fields(data):
         if number != 1:
             continue
-        parts = dict(fields(_message(entry)))
+        parts = dict(fields(_message(entry), _FEW_FIELDS))
         key = _text(parts.get(1, b""))
-        text = _text(dict(fields(_message(parts.get(2, b"")))).get(3, b"")) if key in keys else ""
-        if text:
+        if key in keys and (text := _text(dict(fields(_message(parts.get(2, b"")), _FEW_FIELDS)).get(3, b""))):
             found[key] = text
     return found
 
 
-def _status(data: bytes) -> str:
-    """The message (field 2) of a google.rpc.Status."""
-    return _text(dict(fields(data)).get(2, b"")) or "refused without a word"
+def _status(value: bytes | int | None) -> str | None:
+    """The message (field 2) of a google.rpc.Status; None where there is no status."""
+    if value is None:
+        return None
+    words = _decoded(_message(dict(fields(_message(value))).get(2, b"")))
+    return words[:LONGEST_ERROR] or "refused without a word"
