@@ -105,7 +105,9 @@ class Group:
         drops = {r for r in (*removed, *(r for r, put in wanted.items() if put is None)) if r in self.routes}
         if not puts and not drops:
             return self
-        routes = {route: put for route, put in self.routes.items() if route not in drops} | puts
+        routes = {**self.routes, **puts}
+        for route in drops:
+            del routes[route]
         claims = _claimed(self.claims, self.routes, routes, puts.keys() | drops)
         group = replace(self, routes=routes, claims=claims)
         return group.published_after(self, puts, drops)
@@ -136,7 +138,14 @@ class Group:
         affected = _affected(old, self, puts.keys() | drops)
         hosts, listeners, tables = self._served(before, affected)
         snapshot = Snapshot(
-            clusters, assignments, listeners, tables, hosts, retired, retired_assignments, _problems(self.claims)
+            clusters,
+            assignments,
+            listeners,
+            tables,
+            hosts,
+            retired,
+            retired_assignments,
+            before.problems if self.claims is old.claims else _problems(self.claims),
         )
         return replace(self, snapshot=snapshot, gone=gone)
 
@@ -168,6 +177,8 @@ class Group:
         dropped = {str(route) for route in affected} - changed.keys()
         if same and dropped.isdisjoint(before):
             return before
+        if changed.keys() <= before.keys() and dropped.isdisjoint(before):
+            return {**before, **changed}
         kept = {name: r for name, r in before.items() if name not in dropped}
         return dict(sorted((kept | changed).items()))
 
@@ -225,7 +236,8 @@ def _affected(old: Group, new: Group, routes: Collection[RouteId]) -> set[RouteI
 
 
 def _problems(claims: Mapping[str, tuple[RouteId, ...]]) -> tuple[Problem, ...]:
-    contested = sorted((route, host, owners[0]) for host, owners in claims.items() for route in owners[1:])
+    several = [(host, owners) for host, owners in claims.items() if len(owners) > 1]
+    contested = sorted((route, host, owners[0]) for host, owners in several for route in owners[1:])
     return tuple(
         Problem(
             where=f"ModelRoute {route}",

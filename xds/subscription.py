@@ -21,7 +21,7 @@ version", "Eventual consistency considerations", "Incremental xDS"). Rejected: p
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Set
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -190,13 +190,12 @@ class Subscription:
         if self.gateway and not (self._clusters.wildcard and self._routes.asked):
             return False
         return all(channel.settled(target) for channel, target in targets) and not (
-            self.gateway and self._cold(snapshot.clusters)
+            self.gateway and self._cold(snapshot.clusters.keys())
         )
 
-    def _cold(self, clusters: Collection[str]) -> bool:
+    def _cold(self, clusters: Set[str]) -> bool:
         """Whether one of `clusters` may have no endpoints at the client: none were accepted since it was sent."""
-        accepted = self._endpoints.accepted
-        return not (self._changed.isdisjoint(clusters) and all(name in accepted for name in clusters))
+        return not (self._changed.isdisjoint(clusters) and clusters <= self._endpoints.accepted.keys())
 
     def _adopt(self, snapshot: Snapshot) -> None:
         """What the client had when it connected counts as accepted where it is what it should have."""
@@ -273,6 +272,8 @@ class Subscription:
         asks for routes before clusters, so it is waited for."""
         if not self.gateway or (self._clusters.asked and not self._clusters.wildcard):
             return True
+        if self._clusters.accepted is snapshot.clusters and self._endpoints.accepted is snapshot.assignments:
+            return not self._changed  # all there is; a snapshot is consistent
         needs = frozenset(chain.from_iterable(resource.needs for resource in routes.values()))
         return needs <= self._clusters.accepted.keys() and not self._cold(needs)
 
