@@ -66,7 +66,10 @@ def weights_of(members: Members, table: Mapping[EndpointId, int]) -> tuple[int, 
     When every member has weight 0 (the sum says "nothing can serve this"), all of them stay, equally: a request that
     may be late is better than a 503.
     """
-    weights = tuple(map(table.get, members.ids, repeat(0)))
+    if len(table) == len(members.ids) and tuple(table) == members.ids:  # as `decide` makes them: 0.5 ms less for 10,000
+        weights = tuple(table.values())
+    else:
+        weights = tuple(map(table.get, members.ids, repeat(0)))
     return weights if any(weights) else (1,) * len(weights)
 
 
@@ -85,9 +88,10 @@ def weighted(members: Members, table: Mapping[EndpointId, int]) -> tuple[tuple[b
 def encode(heads: tuple[bytes, ...], weights: tuple[int, ...], before: Assignment | None = None) -> Assignment:
     """The endpoints of `heads` with `weights`."""
     chunks, digests = [], []
+    same_heads = before is not None and before.heads is heads
     for start in range(0, len(heads), CHUNK):
         at, index = slice(start, start + CHUNK), start // CHUNK
-        if before is not None and before.weights[at] == weights[at] and before.heads[at] == heads[at]:
+        if before is not None and before.weights[at] == weights[at] and (same_heads or before.heads[at] == heads[at]):
             chunks.append(before.chunks[index])
             digests.append(before.digests[index])
         else:
