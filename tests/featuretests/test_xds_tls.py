@@ -15,6 +15,9 @@ from envoy_data_plane.envoy.config.cluster.v3 import Cluster
 from grpc import aio
 from structlog.testing import capture_logs
 
+from meshctl.address import Address
+from meshctl.controller.config import Config
+from meshctl.controller.main import running
 from meshctl.errors import InputError
 from meshctl.model import Plan, RoutePlan
 from meshctl.tls import TlsFiles
@@ -166,6 +169,29 @@ async def test_without_a_client_ca_nobody_is_asked(pki: Authority) -> None:
     ):
         assert await clusters(stream) == {"a"}
         assert [s.identity for s in server.streams()] == ["a peer without a certificate"]
+
+
+async def test_the_controller_serves_proxies_with_the_files_it_was_told_of(pki: Authority, tmp_path: Path) -> None:
+    """And the rules: as `meshctl run` starts it."""
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("- {subject: meshctl, groups: [any]}")
+    manifests = tmp_path / "manifests"
+    manifests.mkdir()
+    config = Config(
+        manifests=manifests,
+        state=tmp_path / "state.json",
+        xds=Address("127.0.0.1", 0),
+        admin=Address("127.0.0.1", 0),
+        xds_tls=tls_files(of(pki, "server"), pki.ca),
+        xds_identities=rules,
+    )
+    async with running(config) as controller:
+        async with ads_stream(controller.xds, cluster="any", credentials=credentials(pki, "proxy")) as stream:
+            assert await clusters(stream) == set()
+        async with ads_stream(controller.xds, credentials=credentials(pki, "proxy")) as stream:
+            assert (await refused(stream))[0] is grpc.StatusCode.PERMISSION_DENIED
+        async with ads_stream(controller.xds, cluster="any") as stream:
+            assert (await refused(stream))[0] is grpc.StatusCode.UNAVAILABLE
 
 
 # --------------------------------------------------------------------------------------------------- which group it is
