@@ -174,11 +174,8 @@ class Cache:
         """Puts `new` states in and takes `gone` ones out, in every group or in none; how many resources changed."""
         best = {route: state.best() for route, state in new.items()}
         groups = self._updated(best, gone)
-        count = sum(
-            group.snapshot.changed(self._groups[key].snapshot if key in self._groups else Snapshot())
-            for key, group in groups.items()
-            if key[1] is Flavour.ENVOY
-        )
+        keys = self._groups.keys() | groups.keys()
+        count = sum(_snapshot(groups, key).changed(_snapshot(self._groups, key)) for key in keys)
         for route in gone:
             del self._routes[route]
         self._routes.update(new)
@@ -203,6 +200,10 @@ class Cache:
             left = [route for route, r in best.items() if r is None or key[0] not in r.groups]
             groups[key] = group.updated(changed, (*gone, *left))
         return {key: group for key, group in groups.items() if group.routes or key == (PROXY_GROUP, Flavour.ENVOY)}
+
+
+def _snapshot(groups: Mapping[Key, Group], key: Key) -> Snapshot:
+    return groups[key].snapshot if key in groups else Snapshot()
 
 
 def resources_of(route: RouteResources) -> Iterator[Resource]:

@@ -30,6 +30,7 @@ from meshctl.model import (
 )
 from meshctl.sim.envoy import envoy_binary
 from xds.credentials import Security
+from xds.limits import Limits
 from xds.server import XdsServer
 
 HEADERS = ("x-batch-size", "batch_size", "nv-inferrequest")
@@ -93,9 +94,11 @@ def plan(*routes: RoutePlan) -> Plan:
 
 
 @asynccontextmanager
-async def xds_server(port: int = 0, security: Security | None = None) -> AsyncIterator[XdsServer]:
+async def xds_server(
+    port: int = 0, security: Security | None = None, limits: Limits | None = None
+) -> AsyncIterator[XdsServer]:
     """A server of ours, stopped at the end."""
-    server = await XdsServer.start(port=port, security=security)
+    server = await XdsServer.start(port=port, security=security, limits=limits)
     try:
         yield server
     finally:
