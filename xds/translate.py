@@ -370,14 +370,14 @@ def _weighs_alike(before: RouteResources | None, new: RoutePlan, size: str) -> b
 
 
 def _virtual_host(spec: RouteSpec, names: Mapping[str, str]) -> Resource:
-    action = _action_tail(spec.timeout_s, spec.retry, spec.protocol)
+    action = _action_tail(spec.timeout_s)
     routes = [
         _route(route_match(spec.headers[: i + 1], size), names[size.name], action)
         for i in range(len(spec.headers))
         for size in spec.sizes
     ]
     routes.append(_route(route_match((), None), names[DEFAULT_CLASS], action))
-    data = b"".join(field(3, route) for route in routes)
+    data = b"".join(field(3, route) for route in routes) + _retries(spec.retry, spec.protocol)
     return Resource(str(spec.id), spec.id, data, digest_of(str(spec.id), data), tuple(names.values()))
 
 
@@ -387,10 +387,17 @@ def _route(match: bytes, cluster: str, action_tail: bytes) -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def _action_tail(timeout_s: float, retry: Retry, protocol: Protocol) -> bytes:
+def _action_tail(timeout_s: float) -> bytes:
     """All of a RouteAction but its cluster."""
+    return bytes(route_v3.RouteAction(timeout=timedelta(seconds=timeout_s)))
+
+
+@lru_cache(maxsize=1024)
+def _retries(retry: Retry, protocol: Protocol) -> bytes:
+    """Of all routes of a virtual host at once: in each of 10,000 routes the policy was 1.8 MB of 3 and took Envoy about
+    half of its time, at every change of any of them."""
     policy = _retry_policy(retry, protocol) if retry.attempts > 0 else None
-    return bytes(route_v3.RouteAction(timeout=timedelta(seconds=timeout_s), retry_policy=policy))
+    return bytes(route_v3.VirtualHost(retry_policy=policy))
 
 
 def _retry_policy(retry: Retry, protocol: Protocol) -> route_v3.RetryPolicy:

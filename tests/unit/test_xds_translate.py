@@ -89,23 +89,22 @@ def one_plan(resources: RouteResources) -> RoutePlan:
 
 def test_retries_as_the_route_says() -> None:
     """None where it wants none; what may have run only where that may be repeated."""
-    none = configured(Retry(attempts=0))
-    assert all(route.route.retry_policy is None for route in none)
-    for route in configured(Retry(attempts=4, per_try_timeout_s=0.5, idempotent=True)):
-        policy = route.route.retry_policy
-        assert (policy.num_retries, policy.per_try_timeout) == (4, timedelta(seconds=0.5))
-        assert policy.retry_on == "connect-failure,refused-stream,reset-before-request,reset,gateway-error"
-    (grpc, *_) = configured(Retry(attempts=1, idempotent=True), Protocol.GRPC)
-    assert grpc.route.retry_policy.retry_on.endswith(",gateway-error,unavailable")
+    assert configured(Retry(attempts=0)).retry_policy is None
+    policy = configured(Retry(attempts=4, per_try_timeout_s=0.5, idempotent=True)).retry_policy
+    assert (policy.num_retries, policy.per_try_timeout) == (4, timedelta(seconds=0.5))
+    assert policy.retry_on == "connect-failure,refused-stream,reset-before-request,reset,gateway-error"
+    grpc = configured(Retry(attempts=1, idempotent=True), Protocol.GRPC)
+    assert grpc.retry_policy.retry_on.endswith(",gateway-error,unavailable")
 
 
 def configured(retry: Retry, protocol: Protocol = Protocol.HTTP) -> Any:
-    """Envoy's routes of a plan with `retry`."""
+    """Envoy's virtual host of a plan with `retry`; no route of it has a policy of its own, which would replace it."""
     wanted = route_plan("n/r", {A: 1000})
     spec = replace(wanted.route.spec, retry=retry, protocol=protocol)
     snapshot = build([translate_route(replace(wanted, route=replace(wanted.route, spec=spec)))])
     (host,) = RouteConfiguration.parse(DiscoveryResponse.parse(snapshot.routes.body()).resources[0].value).virtual_hosts
-    return host.routes
+    assert all(route.route is not None and route.route.retry_policy is None for route in host.routes)
+    return host
 
 
 def test_weights_without_the_zeros() -> None:
@@ -181,10 +180,10 @@ def test_the_route_configuration() -> None:
     assert [len(r.match.headers) for r in host.routes if r.match] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 0]
     for route in host.routes:
         assert route.route is not None
-        assert route.route.retry_policy is not None
         assert route.route.timeout is not None
         assert route.route.timeout.total_seconds() == 2.5
-        assert route.route.retry_policy.retry_on == "connect-failure,refused-stream,reset-before-request"
+    assert host.retry_policy is not None
+    assert host.retry_policy.retry_on == "connect-failure,refused-stream,reset-before-request"
 
 
 def test_the_same_plan_gives_the_same_bytes_and_a_weight_changes_one_thing() -> None:
