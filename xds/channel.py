@@ -39,6 +39,8 @@ WHOLE = (TypeUrl.CLUSTER, TypeUrl.LISTENER)
 """Types of which a state-of-the-world response holds everything: what is not in it is gone. They also have the legacy
 wildcard: a client that names nothing wants everything."""
 ANY = "*"
+REFUSED_KEPT = 32
+"""Versions of one type that a client refused: what is published goes back and forth between few of them."""
 UNKNOWN = -1
 """The digest of a resource that a client has in a version we do not know."""
 _NO_NAMES: frozenset[str] = frozenset()
@@ -149,14 +151,15 @@ class Channel(ABC):
 class WorldChannel(Channel):
     """State of the world: a response has a version, names are said in full each time."""
 
-    __slots__ = ("_claimed", "_refused_version", "raw")
+    __slots__ = ("_claimed", "_refused_versions", "raw")
 
     def __init__(self, type_url: TypeUrl) -> None:
         super().__init__(type_url)
         self.raw = NO_NAMES
         """The names as they came, to know them again."""
         self._claimed = ""
-        self._refused_version = ""
+        self._refused_versions: tuple[str, ...] = ()
+        """The newest last."""
 
     @property
     def claims(self) -> bool:
@@ -173,7 +176,8 @@ class WorldChannel(Channel):
 
     def _subscribe(self, names: Names) -> None:
         """An empty first list of names is the legacy wildcard, and stays one while it is empty."""
-        legacy = not names.values and self.type_url in WHOLE and (self.wildcard or not self.asked)
+        stays = not self.asked or (self.wildcard and not self.raw.values)
+        legacy = stays and not names.values and self.type_url in WHOLE
         self.wildcard = legacy or ANY in names.values
         if names is self.raw:
             return
@@ -194,8 +198,10 @@ class WorldChannel(Channel):
         if not self.asked:
             return False
         if self.type_url in WHOLE:
-            return not (self.known and target.digest == self.sent.digest) and target.version != self._refused_version
-        return bool(target.since(self.sent).changed) and self._after(target).version != self._refused_version
+            return (
+                not (self.known and target.digest == self.sent.digest) and target.version not in self._refused_versions
+            )
+        return bool(target.since(self.sent).changed) and self._after(target).version not in self._refused_versions
 
     def offer(self, target: Table, nonce: str) -> bytes | None:
         if self.flight is not None or not self.due(target):
@@ -215,7 +221,7 @@ class WorldChannel(Channel):
     def _refused(self, flight: Flight, error: str) -> None:
         """Clusters and load assignments of a refused response may be in force in part: what the proxy has of them is
         then unknown, and the next version is sent whole. Routes are refused as one."""
-        self._refused_version = flight.version
+        self._refused_versions = (*self._refused_versions, flight.version)[-REFUSED_KEPT:]
         if self.type_url is TypeUrl.CLUSTER:
             self.known = False
         elif self.type_url is TypeUrl.ENDPOINT:
@@ -271,7 +277,7 @@ class DeltaChannel(Channel):
     def _forget(self, gone: frozenset[str]) -> None:
         """The client drops what it unsubscribes from. Where the wildcard covers that too, it is sent once more."""
         if ANY in gone:
-            gone = frozenset(self.sent.keys() - self.names)
+            gone |= self.sent.keys() - self.names
         self._wanted.difference_update(gone)
         self.sent, self.accepted = self.sent.without(gone), self.accepted.without(gone)
 
@@ -279,7 +285,8 @@ class DeltaChannel(Channel):
         claimed, self._claimed = self._claimed, None
         if not claimed:
             return False
-        held = {name: _held(target.get(name), name, version) for name, version in claimed.items()}
+        names = (name for name in claimed if name not in self._wanted and (self.wildcard or name in self.names))
+        held = {name: _held(target.get(name), name, claimed[name]) for name in names}
         table = Table(held)
         whole = len(table) == len(target) and table.digest == target.digest
         self.sent = self.accepted = target if whole else table
@@ -298,6 +305,8 @@ class DeltaChannel(Channel):
         plain = changes is target.since(self.sent)
         body = target.delta_since(self.sent) if plain else changes.delta_body()
         after = target if plain else self.sent.replaced(changes.changed, changes.removed)
+        if len(after) == len(target) and after.digest == target.digest:
+            after = target  # shared by all streams
         self._launch(Flight(nonce, target.version, after, changes.changed, changes.removed))
         self._wanted.clear()
         return response(self.type_url, target.version, nonce, body)

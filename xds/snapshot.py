@@ -19,7 +19,7 @@ from itertools import chain
 from meshctl.errors import MeshctlError
 from meshctl.model import Problem, RouteId
 from xds.proxyless import ClientResources, client_resources, listener
-from xds.table import EMPTY, Table
+from xds.table import EMPTY, MODULUS, Table
 from xds.translate import ROUTE_CONFIGURATION, Resource, RouteResources, route_configuration, with_domains
 from xds.wire import Flavour
 
@@ -192,7 +192,7 @@ def _configuration(hosts: Mapping[str, Resource]) -> Resource:
     """The one RouteConfiguration of all virtual hosts."""
     parts = tuple(hosts.values())
     needs = frozenset(chain.from_iterable(host.needs for host in parts))
-    digest = sum(host.digest for host in parts)
+    digest = sum(host.digest for host in parts) % MODULUS
     return Resource(ROUTE_CONFIGURATION, RouteId(""), route_configuration(parts), digest, needs, parts=parts)
 
 

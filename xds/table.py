@@ -19,8 +19,11 @@ from weakref import WeakKeyDictionary
 from xds.translate import Resource
 from xds.wire import delta_removed, delta_resource
 
-_MODULUS = 2**128
-_DERIVED_KEPT = 4096
+MODULUS = 2**128
+"""Of digests."""
+_DERIVED_NAMES = 1_000_000
+"""Names that may be in what a Table keeps of its parts: some 100 MB, which only clients that subscribe to ever other
+names come to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +50,17 @@ class Changes:
 class Table(Mapping[str, Resource]):
     """See the module. By name."""
 
-    __slots__ = ("__weakref__", "_derived", "_differences", "_resources", "digest")
+    __slots__ = ("__weakref__", "_derived", "_derived_names", "_differences", "_resources", "digest")
 
     def __init__(self, resources: Mapping[str, Resource], digest: int | None = None) -> None:
         """`digest`, where it is known, is the sum of the resources' digests. `resources` must not change any more."""
         self._resources = resources
         total = sum(r.digest for r in resources.values()) if digest is None else digest
-        self.digest = total % _MODULUS
+        self.digest = total % MODULUS
         self._differences: WeakKeyDictionary[Table, _Difference] = WeakKeyDictionary()
         self._derived: dict[object, Table | None] = {}
         """What `subset`, `plus` and `without` made of it; None: itself."""
+        self._derived_names = 0
 
     def __getitem__(self, name: str) -> Resource:
         return self._resources[name]
@@ -118,7 +122,7 @@ class Table(Mapping[str, Resource]):
         key = ("without", names)
         if key not in self._derived:
             left = self.replaced((), names & self._resources.keys())
-            self._derive(key, left)
+            self._derive(key, left, len(names))
         found = self._derived[key]
         return self if found is None else found
 
@@ -128,7 +132,8 @@ class Table(Mapping[str, Resource]):
             return self
         if names not in self._derived:
             whole = len(names) >= len(self._resources) and names >= self._resources.keys()
-            self._derive(names, self if whole else Table.of(self[name] for name in sorted(names) if name in self))
+            part = self if whole else Table.of(self[name] for name in sorted(names) if name in self)
+            self._derive(names, part, len(names))
         found = self._derived[names]
         return self if found is None else found
 
@@ -139,13 +144,15 @@ class Table(Mapping[str, Resource]):
             return self
         key = tuple(sorted((r.name, r.digest) for r in added))
         if key not in self._derived:
-            self._derive(key, self.replaced(added))
+            self._derive(key, self.replaced(added), len(added))
         found = self._derived[key]
         return self if found is None else found
 
-    def _derive(self, key: object, table: Table) -> None:
-        if len(self._derived) >= _DERIVED_KEPT:  # clients that subscribe to ever other names
+    def _derive(self, key: object, table: Table, names: int) -> None:
+        self._derived_names += names + 100
+        if self._derived_names > _DERIVED_NAMES:
             self._derived.clear()
+            self._derived_names = 0
         self._derived[key] = None if table is self else table
 
     # --------------------------------------------------------------------------------------------------- differences
