@@ -228,7 +228,7 @@ class XdsServer:
         return self._cache.snapshot is not None and len(found) >= proxies and all(p.synced for p in found)
 
     def _clients(self) -> list[Stream]:
-        return [stream for stream in self._streams.values() if stream.subscription.active]
+        return [s for s in self._streams.values() if s.subscription.active and not s.ended]
 
     def _responses_due(self) -> int:
         return sum(1 for stream in list(self._streams.values()) if stream.writer is not None)
@@ -240,18 +240,34 @@ class XdsServer:
         stream = Stream(context, asyncio.current_task(), delta=delta, only=only)
         await self._admit(stream)
         try:
+            code, why = await self._converse(stream, requests)
+            self._tell()  # it is no client any more
+            await stream.settle()
+        finally:
+            self._close(stream)
+        if why:
+            await context.abort(code, why)
+
+    async def _converse(self, stream: Stream, requests: AsyncIterator[bytes]) -> tuple[grpc.StatusCode, str]:
+        """Takes requests in until the stream is to end; with which status, and the words for one that is no OK."""
+        try:
             async for data in requests:
                 self._receive(stream, data)
-        except (ProtocolError, NotAllowedError) as error:
-            await self._reject(stream, error)
+        except NotAllowedError as error:
+            return self._rejected(stream, "identity", grpc.StatusCode.PERMISSION_DENIED, str(error))
+        except ProtocolError as error:
+            return self._rejected(stream, "protocol", grpc.StatusCode.INVALID_ARGUMENT, str(error))
         except asyncio.CancelledError:
             if not stream.ended:
                 raise  # by the client
-        finally:
-            self._close(stream)
-        if stream.reason:
-            self._metrics.rejected("slow")
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, stream.reason)
+            if stream.reason:
+                return self._rejected(stream, "slow", grpc.StatusCode.RESOURCE_EXHAUSTED, stream.reason)
+        return grpc.StatusCode.OK, ""
+
+    def _rejected(self, stream: Stream, why: str, code: grpc.StatusCode, words: str) -> tuple[grpc.StatusCode, str]:
+        log.warning("xds.rejected", proxy=stream.name, error=words)
+        self._metrics.rejected(why)
+        return code, words
 
     async def _admit(self, stream: Stream) -> None:
         """Registers a new stream. Raises AbortError when there are too many."""
@@ -284,15 +300,6 @@ class XdsServer:
         self._started(stream)
         self._tell()
         log.info("xds.disconnected", proxy=stream.name)
-
-    async def _reject(self, stream: Stream, error: MeshctlError) -> None:
-        log.warning("xds.bad_request", proxy=stream.name, error=str(error))
-        allowed = not isinstance(error, NotAllowedError)
-        self._metrics.rejected("protocol" if allowed else "identity")
-        code = grpc.StatusCode.INVALID_ARGUMENT if allowed else grpc.StatusCode.PERMISSION_DENIED
-        if stream.writer is not None:
-            stream.writer.cancel()
-        await stream.context.abort(code, str(error))
 
     def _receive(self, stream: Stream, data: bytes) -> None:
         """Takes one request in. Raises ProtocolError or NotAllowedError for what ends the stream."""
@@ -383,23 +390,28 @@ class XdsServer:
             stream.writer = asyncio.get_running_loop().create_task(self._write(stream, data))
 
     async def _write(self, stream: Stream, data: bytes | None) -> None:
+        loop = asyncio.get_running_loop()
         try:
             while data is not None:
-                async with asyncio.timeout(self._limits.write_s):
+                late = loop.call_later(self._limits.write_s, self._unread, stream)
+                try:
                     await stream.context.write(data)
+                finally:
+                    late.cancel()
                 data = self._due(stream)
-        except TimeoutError:
-            stream.reason = f"nothing was read for {self._limits.write_s} s"
-            stream.end()
         except _STREAM_ERRORS as error:
             log.warning("xds.stream_failed", proxy=stream.name, error=str(error))
             stream.end()
         finally:
             stream.writer = None
 
+    def _unread(self, stream: Stream) -> None:
+        stream.reason = f"nothing was read for {self._limits.write_s} s"
+        stream.end()
+
     def _due(self, stream: Stream) -> bytes | None:
         snapshot = stream.snapshot
-        data = None if snapshot is None else stream.subscription.respond(snapshot)
+        data = None if snapshot is None or stream.ended else stream.subscription.respond(snapshot)
         if data is not None:
             self._metrics.pushed(stream.written(), len(data))
         return data

@@ -77,9 +77,17 @@ class Stream:
 
     def end(self) -> None:
         """Ends the stream from our side. The client is told so in order, not cut off."""
-        self.ended = True
-        if self._task is not None:
+        if not self.ended and self._task is not None:
             self._task.cancel()
+        self.ended = True
+
+    async def settle(self) -> None:
+        """Returns when nothing is being written any more: gRPC can't end a call in the middle of a message, and one
+        that is given up there stays open for the client, who hears nothing any more. A client that never reads is
+        waited for until its connection is too old (`Limits.connection_age_s`), and its stream counts until then."""
+        self.ended = True
+        if self.writer is not None:
+            await asyncio.wait([self.writer])
 
     def close(self) -> None:
         """It has ended: nothing of it goes on."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import grpc
 import pytest
+from grpc import aio
 
 from tests.featuretests.test_xds_dialogue import CDS, EDS, ONE, connect, names, one
 from tests.harness.ads_client import DEADLINE_S, AdsStream, DeltaStream, ads_stream, delta_stream
@@ -34,6 +36,16 @@ async def serving(limits: Limits | None = None) -> AsyncIterator[tuple[XdsServer
 async def refused(stream: AdsStream | DeltaStream, code: grpc.StatusCode, words: str) -> None:
     assert await stream.code() is code
     assert words in await stream.details()
+
+
+def nodes(server: XdsServer) -> list[str]:
+    return [stream.node for stream in server.streams()]
+
+
+async def until(server: XdsServer, holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(DEADLINE_S):
+        while not holds():
+            await server.wait_changed()
 
 
 async def test_too_many_names_in_a_request() -> None:
@@ -73,8 +85,7 @@ async def test_too_many_streams(limits: Limits, words: str) -> None:
             assert names(await second.read()) == ONE
             async with ads_stream(server.address, "third") as third:
                 await refused(third, grpc.StatusCode.RESOURCE_EXHAUSTED, words)
-        while len(server.streams()) > 1:
-            await server.wait_changed()
+        await until(server, lambda: nodes(server) == ["good"])
         async with ads_stream(server.address, "fourth") as fourth:
             await fourth.ask(CDS)
             assert names(await fourth.read()) == ONE
@@ -84,3 +95,58 @@ async def test_a_stream_without_a_request() -> None:
     """Connections that say nothing don't pile up; one that asked stays, however quiet it is then."""
     async with serving(Limits(first_request_s=0.1)) as (server, _), ads_stream(server.address) as stream:
         await refused(stream, grpc.StatusCode.RESOURCE_EXHAUSTED, "no request within 0.1 s")
+
+
+LONG = [f"{number}-" + 100 * "n" for number in range(60_000)]
+"""Names that there are not: the answer says so of each, in 7 MB, far more than gRPC takes in for who does not read."""
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "words"),
+    [
+        ("nothing", grpc.StatusCode.RESOURCE_EXHAUSTED, "nothing was read for 0.3 s"),
+        ("garbage", grpc.StatusCode.INVALID_ARGUMENT, "not a protobuf message"),
+        ("the end", grpc.StatusCode.OK, ""),
+    ],
+)
+async def test_a_client_that_does_not_read(ending: str, code: grpc.StatusCode, words: str) -> None:
+    """It is no client any more; when it reads at last it learns that the stream has ended, and why."""
+    async with serving(Limits(write_s=0.3)) as (server, _), delta_stream(server.address, "lazy") as lazy:
+        await lazy.ask(EDS, LONG)
+        await until(server, lambda: "lazy" in nodes(server))
+        if ending == "garbage":
+            await lazy.call.write(b"\xff\xff")
+        elif ending == "the end":
+            await lazy.call.done_writing()
+        await until(server, lambda: "lazy" not in nodes(server))
+        assert len((await lazy.read()).removed_resources) == len(LONG)
+        await refused(lazy, code, words)
+
+
+async def test_a_client_that_never_reads_counts_until_it_goes() -> None:
+    """Else one could take any amount of memory. It keeps no server from stopping."""
+    async with serving(Limits(streams=2, write_s=0.1)) as (server, _):
+        async with delta_stream(server.address, "lazy") as lazy:
+            await lazy.ask(EDS, LONG)
+            await until(server, lambda: "lazy" in nodes(server))
+            await until(server, lambda: "lazy" not in nodes(server))
+            async with ads_stream(server.address, "third") as third:
+                await refused(third, grpc.StatusCode.RESOURCE_EXHAUSTED, "2 streams are open here")
+        async with asyncio.timeout(DEADLINE_S):
+            while not await served(server):
+                pass  # it has not seen yet that the other one went
+    async with xds_server() as server, delta_stream(server.address, "lazy") as lazy:
+        server.apply(plan(one()))
+        await lazy.ask(EDS, LONG)
+        await until(server, lambda: "lazy" in nodes(server))
+        await asyncio.wait_for(server.stop(), DEADLINE_S)
+
+
+async def served(server: XdsServer) -> bool:
+    """Whether a new client is."""
+    async with ads_stream(server.address, "new") as stream:
+        try:
+            await stream.ask(CDS)
+            return names(await stream.read()) == ONE
+        except (aio.AioRpcError, asyncio.InvalidStateError):
+            return False
