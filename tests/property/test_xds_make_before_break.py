@@ -1,17 +1,19 @@
 """Make before break, for every order of events: a model of an Envoy that would answer 503 fails the test.
 
 The model keeps what a real Envoy does (seen in its dialogue): a new or changed cluster warms until it is sent
-endpoints, clusters are acknowledged only when all are warm, routes are in force and removed clusters gone at once.
+endpoints, clusters are acknowledged only when all are warm, routes are in force and removed clusters gone at once. It
+speaks state of the world (`WorldEnvoy`) or delta (`DeltaEnvoy`).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from envoy_data_plane.envoy.config.cluster.v3 import Cluster
-from envoy_data_plane.envoy.config.endpoint.v3 import ClusterLoadAssignment
+import pytest
 from envoy_data_plane.envoy.config.route.v3 import RouteConfiguration
-from envoy_data_plane.envoy.service.discovery.v3 import DiscoveryResponse
+from envoy_data_plane.envoy.service.discovery.v3 import DeltaDiscoveryResponse, DiscoveryResponse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,84 +22,144 @@ from tests.harness.envoy import plan, route_plan
 from xds.cache import Cache
 from xds.snapshot import Snapshot
 from xds.subscription import Subscription
-from xds.wire import Node, Request, TypeUrl, names_of
+from xds.translate import ROUTE_CONFIGURATION
+from xds.wire import DeltaRequest, Node, Request, TypeUrl, fields, names_of
 
 SIZES = (SizeClass("one", 1, 1, 1, 0.5), SizeClass("rest", 2, 64, 8, 0.5))
+NODE = Node("gw", "meshctl")
 Routes = dict[str, tuple[int, int, float]]
 """Route -> weight, number of size classes, bias: enough to change each type of resource alone."""
 
 
 @dataclass
-class ModelEnvoy:
+class ModelEnvoy(ABC):
     """The proxy's side of one or more streams, one after the other."""
 
     clusters: dict[str, bytes] = field(default_factory=dict)
     active: set[str] = field(default_factory=set)
     routed: set[str] = field(default_factory=set)
-    versions: dict[str, str] = field(default_factory=dict)
     nonces: dict[str, str] = field(default_factory=dict)
     asked_routes: bool = False
     warming: set[str] = field(default_factory=set)
     unacknowledged: bool = False
-    """Clusters are still warming. Their version is in force all the same, and is what a new stream begins with."""
+    """Clusters are still warming. They are in force all the same, and are what a new stream begins with."""
 
-    def connect(self) -> list[Request]:
+    def connect(self) -> list[Request | DeltaRequest]:
         """The first requests of a new stream, with the versions of the earlier one."""
         self.nonces, self.unacknowledged, self.asked_routes = {}, False, False
-        first = Request(TypeUrl.CLUSTER, self.versions.get(TypeUrl.CLUSTER, ""), node=Node("gw", "meshctl"))
-        return [first, *([self._endpoints()] if self.clusters else []), *self._routes()]
+        first = self.request(TypeUrl.CLUSTER, node=NODE)
+        return [first, *([self.request(TypeUrl.ENDPOINT)] if self.clusters else []), *self._routes()]
 
-    def _endpoints(self) -> Request:
-        kind = TypeUrl.ENDPOINT
-        names = tuple(sorted(self.clusters))
-        return Request(kind, self.versions.get(kind, ""), self.nonces.get(kind, ""), names_of(names))
+    @abstractmethod
+    def request(self, kind: TypeUrl, *, answers: bool = False, node: Node | None = None) -> Request | DeltaRequest:
+        """What is wanted of `kind` now, and whether that accepts the newest response."""
 
-    def _routes(self) -> list[Request]:
+    @abstractmethod
+    def read(self, data: bytes) -> tuple[TypeUrl, Mapping[str, bytes], set[str]]:
+        """A response: its type, what is new by name, and what of what it had is gone."""
+
+    def wanted(self, kind: TypeUrl) -> frozenset[str]:
+        """Names to subscribe to."""
+        names = {TypeUrl.ENDPOINT: self.clusters.keys(), TypeUrl.ROUTE: {ROUTE_CONFIGURATION}}
+        return frozenset(names.get(kind, ()))
+
+    def _routes(self) -> list[Request | DeltaRequest]:
         if self.asked_routes or self.warming or not self.clusters:
             return []
         self.asked_routes = True
-        return [Request(TypeUrl.ROUTE, self.versions.get(TypeUrl.ROUTE, ""), names=names_of(["meshctl"]))]
+        return [self.request(TypeUrl.ROUTE)]
 
-    def take(self, data: bytes) -> list[Request]:
+    def take(self, data: bytes) -> list[Request | DeltaRequest]:
         """Applies a response; what it answers. Fails where requests would."""
-        response = DiscoveryResponse.parse(data)
-        kind = TypeUrl(response.type_url)
-        self.nonces[kind] = response.nonce
-        values = [resource.value for resource in response.resources]
+        kind, new, gone = self.read(data)
         if kind is TypeUrl.CLUSTER:
-            return self._take_clusters(response.version_info, {Cluster.parse(v).name: v for v in values})
-        self.versions[kind] = response.version_info
+            return self._take_clusters(new, gone)
         if kind is TypeUrl.ENDPOINT:
-            return self._take_endpoints({ClusterLoadAssignment.parse(v).cluster_name for v in values})
-        (configuration,) = (RouteConfiguration.parse(v) for v in values)
-        actions = [r.route for host in configuration.virtual_hosts for r in host.routes]
-        self.routed = {a.cluster for a in actions if a is not None and a.cluster is not None}
+            return self._take_endpoints(new.keys() | gone)
+        for value in new.values():
+            actions = [r.route for host in RouteConfiguration.parse(value).virtual_hosts for r in host.routes]
+            self.routed = {a.cluster for a in actions if a is not None and a.cluster is not None}
         assert self.routed <= self.active, f"routes to clusters that are not there: {self.routed - self.active}"
-        return [Request(kind, response.version_info, response.nonce, names_of(["meshctl"]))]
+        return [self.request(kind, answers=True)]
 
-    def _take_clusters(self, version: str, new: dict[str, bytes]) -> list[Request]:
-        gone = self.clusters.keys() - new.keys()
+    def _take_clusters(self, new: Mapping[str, bytes], gone: set[str]) -> list[Request | DeltaRequest]:
         assert not gone & self.routed, f"clusters removed that routes name: {gone & self.routed}"
         changed = {name for name, value in new.items() if self.clusters.get(name) != value}
-        resubscribes = bool(changed or gone)
-        self.clusters = new
+        self.clusters = {name: value for name, value in self.clusters.items() if name not in gone} | dict(new)
         # An Envoy keeps the old cluster in use while its successor warms.
-        self.active = self.active & new.keys()
-        self.warming = (self.warming & new.keys()) | changed
-        self.versions[TypeUrl.CLUSTER], self.unacknowledged = version, True
-        return [*([self._endpoints()] if resubscribes else []), *self._acknowledge()]
+        self.active -= gone
+        self.warming = (self.warming - gone) | changed
+        self.unacknowledged = True
+        return [*([self.request(TypeUrl.ENDPOINT)] if changed or gone else []), *self._acknowledge()]
 
-    def _take_endpoints(self, names: set[str]) -> list[Request]:
+    def _take_endpoints(self, names: set[str]) -> list[Request | DeltaRequest]:
         self.active |= names & self.clusters.keys()
         self.warming -= names
-        return [self._endpoints(), *self._acknowledge()]
+        return [self.request(TypeUrl.ENDPOINT, answers=True), *self._acknowledge()]
 
-    def _acknowledge(self) -> list[Request]:
+    def _acknowledge(self) -> list[Request | DeltaRequest]:
         if self.warming or not self.unacknowledged:
             return self._routes()
         self.unacknowledged = False
-        kind = TypeUrl.CLUSTER
-        return [Request(kind, self.versions[kind], self.nonces[kind]), *self._routes()]
+        return [self.request(TypeUrl.CLUSTER, answers=True), *self._routes()]
+
+
+@dataclass
+class WorldEnvoy(ModelEnvoy):
+    """Says all names each time, and the version of the newest response of the type."""
+
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def request(self, kind: TypeUrl, *, answers: bool = False, node: Node | None = None) -> Request:
+        names = names_of(sorted(self.wanted(kind)))
+        return Request(kind, self.versions.get(kind, ""), self.nonces.get(kind, ""), names, node)
+
+    def read(self, data: bytes) -> tuple[TypeUrl, Mapping[str, bytes], set[str]]:
+        response = DiscoveryResponse.parse(data)
+        kind = TypeUrl(response.type_url)
+        self.nonces[kind], self.versions[kind] = response.nonce, response.version_info
+        new = {_name(resource.value): resource.value for resource in response.resources}
+        return kind, new, self.clusters.keys() - new.keys() if kind is TypeUrl.CLUSTER else set()
+
+
+@dataclass
+class DeltaEnvoy(ModelEnvoy):
+    """Says which names are new and which are not wanted any more, and on a new stream what it has of each."""
+
+    versions: dict[str, dict[str, str]] = field(default_factory=lambda: {kind: {} for kind in TypeUrl})
+    subscribed: dict[str, frozenset[str]] = field(default_factory=dict)
+
+    def connect(self) -> list[Request | DeltaRequest]:
+        self.subscribed = {}
+        return super().connect()
+
+    def request(self, kind: TypeUrl, *, answers: bool = False, node: Node | None = None) -> DeltaRequest:
+        before, wanted = self.subscribed.get(kind), self.wanted(kind)
+        self.subscribed[kind] = wanted
+        subscribe, unsubscribe = wanted - (before or set()), (before or frozenset()) - wanted
+        has = self.versions[kind]
+        if kind is not TypeUrl.CLUSTER:
+            has = self.versions[kind] = {name: version for name, version in has.items() if name in wanted}
+        nonce = self.nonces.get(kind, "") if answers else ""
+        initial = dict(has) if before is None else {}
+        return DeltaRequest(kind, nonce, tuple(sorted(subscribe)), tuple(sorted(unsubscribe)), initial, node)
+
+    def read(self, data: bytes) -> tuple[TypeUrl, Mapping[str, bytes], set[str]]:
+        response = DeltaDiscoveryResponse.parse(data)
+        kind, has = TypeUrl(response.type_url), self.versions[response.type_url]
+        self.nonces[kind] = response.nonce
+        new = {resource.name: resource.resource.value for resource in response.resources if resource.resource}
+        has.update({resource.name: resource.version for resource in response.resources})
+        for name in response.removed_resources:
+            has.pop(name, None)
+        return kind, new, set(response.removed_resources)
+
+
+def _name(value: bytes) -> str:
+    """Field 1 of all four types."""
+    name = next(value for number, value in fields(value) if number == 1)
+    assert isinstance(name, bytes)
+    return name.decode()
 
 
 def applied(cache: Cache, routes: Routes) -> None:
@@ -134,11 +196,14 @@ STEPS = st.lists(
 """What happens, and which messages arrive before the next thing does."""
 
 
+@pytest.mark.parametrize("envoy", [WorldEnvoy, DeltaEnvoy], ids=["state of the world", "delta"])
 @settings(max_examples=100, deadline=None)
-@given(ROUTES, STEPS)
-def test_no_order_of_events_breaks_a_route(first: Routes, steps: list[tuple[Routes | str, list[str]]]) -> None:
+@given(first=ROUTES, steps=STEPS)
+def test_no_order_of_events_breaks_a_route(
+    envoy: type[ModelEnvoy], first: Routes, steps: list[tuple[Routes | str, list[str]]]
+) -> None:
     """Plans, deliveries in either direction, and lost streams, in any order; and in the end all is in sync."""
-    link = Link()
+    link = Link(envoy())
     link.apply(first)
     for event, deliveries in steps:
         if isinstance(event, dict):
@@ -157,8 +222,9 @@ def test_no_order_of_events_breaks_a_route(first: Routes, steps: list[tuple[Rout
 class Link:
     """A server's side, a model Envoy, and the messages between them, in order."""
 
-    def __init__(self) -> None:
-        self.cache, self.envoy, self.subscription = Cache(), ModelEnvoy(), Subscription()
+    def __init__(self, envoy: ModelEnvoy) -> None:
+        self.cache, self.envoy, self.delta = Cache(), envoy, isinstance(envoy, DeltaEnvoy)
+        self.subscription = Subscription(delta=self.delta)
         self.current: Routes = {}
         self.up, self.down = self.envoy.connect(), list[bytes]()
 
@@ -174,12 +240,13 @@ class Link:
     def reconnect(self, *, restart: bool) -> None:
         """The stream is lost with all that is on it; with `restart` the server's memory too."""
         if restart:
-            # A new server knows nothing of clusters that are gone, so only a proxy in sync is safe from it.
-            if self.up or self.down or not self.subscription.synced(self.snapshot):
+            # A new server knows nothing of clusters that are gone, so only a proxy in sync is safe from it; with delta
+            # it is told of them.
+            if not self.delta and (self.up or self.down or not self.subscription.synced(self.snapshot)):
                 return
             self.cache = Cache()
             self.apply(self.current)
-        self.subscription, self.down = Subscription(), []
+        self.subscription, self.down = Subscription(delta=self.delta), []
         self.up = self.envoy.connect()
 
     def deliver(self, direction: str) -> bool:
