@@ -31,7 +31,7 @@ def test_every_test_that_it_names_exists() -> None:
         for _, test in named
         if len(test) != 2
         or not (file := ROOT / "tests" / test[0]).is_file()
-        or not re.search(rf"^(async )?def {test[1]}\(", file.read_text(), re.MULTILINE)
+        or not re.search(rf"^(async def |def |class )?{test[1]}\b", file.read_text(), re.MULTILINE)
     ]
     assert missing == []
     assert len({behaviour for behaviour, _ in named}) == len(named)
