@@ -15,9 +15,9 @@ from xds.inspect import SHORT
 from xds.wire import TypeUrl
 
 PROTOCOLS = ("sotw", "delta")
-REJECTIONS = ("streams", "peer", "protocol", "identity", "slow")
+REJECTIONS = ("streams", "peer", "protocol", "identity", "slow", "ending")
 """Why the server ends a stream: there are too many, or too many of one address; what it said is no request; who it says
-it is it may not be; it said or read nothing for too long."""
+it is it may not be; it said or read nothing for too long; it came while the server ends."""
 BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 

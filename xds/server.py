@@ -270,8 +270,11 @@ class XdsServer:
         return code, words
 
     async def _admit(self, stream: Stream) -> None:
-        """Registers a new stream. Raises AbortError when there are too many."""
+        """Registers a new stream. Raises AbortError when there are too many, or none any more."""
         limits, host = self._limits, stream.host
+        if self._stopping:
+            self._metrics.rejected("ending")
+            await stream.context.abort(grpc.StatusCode.UNAVAILABLE, "this server ends; come again, to another replica")
         if len(self._streams) >= limits.streams:
             self._metrics.rejected("streams")
             text = f"{limits.streams} streams are open here; come again, to another replica if there is one"
