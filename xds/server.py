@@ -24,6 +24,7 @@ import structlog
 from grpc import aio
 
 from meshctl.errors import InputError, MeshctlError
+from meshctl.heap import give_back
 from meshctl.model import DataPlaneStatus, Plan, Problem, ProxyStatus
 from xds.cache import Cache
 from xds.channel import Answer
@@ -60,6 +61,9 @@ STOP_GRACE_S = 0.2
 NEWS_S = 0.01
 """Those who wait for a change are woken this often at most: a thousand acknowledgements are one piece of news."""
 
+SETTLED_S = 0.5
+"""After the last stream of a burst is up to date, what the burst took of the heap is given back."""
+
 _STREAM_ERRORS = (aio.InternalError, aio.UsageError, aio.AbortError)
 """What gRPC raises when a response can't be written any more: the proxy is gone."""
 
@@ -86,6 +90,7 @@ class XdsServer:
         self._news = asyncio.Event()
         self._told_s = 0.0
         self._telling: asyncio.TimerHandle | None = None
+        self._settling: asyncio.TimerHandle | None = None
         self._status: DataPlaneStatus | None = None
         metrics.observe(self._responses_due, lambda: len(self._queue))
 
@@ -177,8 +182,9 @@ class XdsServer:
                 await asyncio.sleep(self._limits.drain_s / len(streams))
             stream.end()
         await self._server.stop(STOP_GRACE_S)
-        if self._telling is not None:
-            self._telling.cancel()
+        for timer in (self._telling, self._settling):
+            if timer is not None:
+                timer.cancel()
 
     # ---------------------------------------------------------------------------------------------------------- extras
 
@@ -253,6 +259,7 @@ class XdsServer:
         try:
             async for data in requests:
                 self._receive(stream, data)
+                del data  # up to 100 kB that nobody reads any more, while the stream is idle
         except NotAllowedError as error:
             return self._rejected(stream, "identity", grpc.StatusCode.PERMISSION_DENIED, str(error))
         except ProtocolError as error:
@@ -375,6 +382,14 @@ class XdsServer:
             self._starting.discard(stream)
             stream.cancel_timer()
             self._start_next()
+            if not self._starting and self._settling is None:
+                self._settling = asyncio.get_running_loop().call_later(SETTLED_S, self._settled)
+
+    def _settled(self) -> None:
+        """Streams came, and none is being brought up to date any more: first requests and first responses are large."""
+        self._settling = None
+        if not self._starting:
+            asyncio.get_running_loop().run_in_executor(None, give_back)
 
     # --------------------------------------------------------------------------------------------------------- writing
 

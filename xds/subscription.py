@@ -22,7 +22,7 @@ version", "Eventual consistency considerations", "Incremental xDS"). Rejected: p
 from __future__ import annotations
 
 from collections.abc import Collection, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,7 @@ class Subscription:
         "_clusters",
         "_endpoints",
         "_listeners",
+        "_rerouted",
         "_returning",
         "_routes",
         "_sent",
@@ -79,6 +80,8 @@ class Subscription:
         """Clusters that were sent on this stream, and whose load assignment was not accepted since."""
         self._returning = False
         """The client has state of an earlier stream, with routes that are unknown until it accepts ours."""
+        self._rerouted = False
+        """It accepted ours, or had them."""
 
     @property
     def active(self) -> bool:
@@ -119,6 +122,9 @@ class Subscription:
                 f"a request for {request.type_url} on a stream of {self.only}; use ADS for several types"
             )
         first = not channel.asked
+        if first and channel is self._endpoints and self.gateway and not self._clusters.asked:
+            # It says nothing of clusters while one of them warms, and that needs endpoints whatever it has of them.
+            request = _unclaimed(request)
         if isinstance(request, DeltaRequest):
             assert isinstance(channel, DeltaChannel)  # noqa: S101 (made so by the constructor)
             answer, had = channel.receive(request), bool(request.versions)
@@ -126,7 +132,8 @@ class Subscription:
             assert isinstance(channel, WorldChannel)  # noqa: S101
             answer, had = channel.receive(request), bool(request.version)
         if first and channel is self._clusters:
-            self._returning = had and self.only is None  # on a stream of its own nobody says what the routes name
+            # on a stream of its own nobody says what the routes name
+            self._returning = had and self.only is None and not self._rerouted
         if answer is not None:
             self._answered(answer)
         return answer
@@ -145,12 +152,11 @@ class Subscription:
         if answer.error is not None:
             return
         if answer.type_url is TypeUrl.ENDPOINT:
-            # what was asked for again meanwhile is not in `accepted`
-            self._changed.difference_update(
-                r.name for r in answer.flight.contents if r.name in self._endpoints.accepted
-            )
+            # what was asked for again meanwhile is not in `accepted`; a new set: one that shrinks keeps its memory
+            warm = {r.name for r in answer.flight.contents if r.name in self._endpoints.accepted}
+            self._changed = {name for name in self._changed if name not in warm}
         elif answer.type_url is TypeUrl.ROUTE:
-            self._returning = False
+            self._returning, self._rerouted = False, True
 
     def nack(self, answer: Answer) -> Nack:
         """What a refusal was about."""
@@ -203,7 +209,7 @@ class Subscription:
         if clusters.claims:
             clusters.adopt(_asked(clusters, snapshot.clusters))
         if routes.claims and routes.adopt(_asked(routes, snapshot.routes)):
-            self._returning = False
+            self._returning, self._rerouted = False, True
         if endpoints.claims:
             endpoints.adopt(self._assignments(snapshot))
             endpoints.again(frozenset(self._changed))
@@ -276,6 +282,11 @@ class Subscription:
             return not self._changed  # all there is; a snapshot is consistent
         needs = frozenset(chain.from_iterable(resource.needs for resource in routes.values()))
         return needs <= self._clusters.accepted.keys() and not self._cold(needs)
+
+
+def _unclaimed(request: Request | DeltaRequest) -> Request | DeltaRequest:
+    """As if nothing were left of an earlier stream."""
+    return replace(request, versions={}) if isinstance(request, DeltaRequest) else replace(request, version="")
 
 
 def _asked(channel: Channel, table: Table) -> Table:

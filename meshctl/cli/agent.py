@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meshctl.cli.heap import share_heap, without
 from meshctl.errors import InputError
+from meshctl.heap import share_heap, without
 
 if TYPE_CHECKING:
     from deviceplugin.main import Config

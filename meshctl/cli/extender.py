@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meshctl.cli.heap import share_heap
 from meshctl.cli.policy import PolicyOption
 from meshctl.cli.tls import tls_files
 from meshctl.core.packing.vocabulary import Policy
 from meshctl.errors import InputError
+from meshctl.heap import share_heap
 
 if TYPE_CHECKING:
     from meshctl.extender.main import Config

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from meshctl.cli.heap import share_heap
 from meshctl.cli.tls import xds_tls
 from meshctl.errors import InputError
+from meshctl.heap import share_heap
 
 if TYPE_CHECKING:
     from meshctl.controller.config import ClusterConfig, Config
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 STARTED_S = 60.0
 """A start that takes longer waits for somebody else."""
+MAPPED_BYTES = 65_536
+"""gRPC keeps a buffer of this size for each connection that once read much, and reads a few bytes into it from then on:
+with pages of its own it is 4 kB."""
 YOUNG, NEVER = 50_000, 1_000_000_000
 """New objects after which the garbage collector looks through these; 700 by default."""
 
@@ -144,7 +147,7 @@ async def _serve(config: Config) -> None:
     import asyncio
 
     gc.set_threshold(YOUNG, 20, NEVER)
-    share_heap()
+    share_heap(mapped_bytes=MAPPED_BYTES)
     from meshctl.cli.signals import ended_by_signal
     from meshctl.controller.main import running
 

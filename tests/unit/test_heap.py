@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from meshctl.cli.heap import share_heap, without
+from meshctl.heap import share_heap, without
 
 NAME = "this"
 """A module of the standard library that nobody imports: it prints."""
