@@ -27,7 +27,9 @@ from bench.adsdialogue import Proxy, method
 from bench.adsplans import PUSHED, many_routes, reweighted, with_route
 from bench.lines import ANSWER_S, serve
 from bench.report import quiet_logs
+from meshctl.cli.run import MAPPED_BYTES
 from meshctl.errors import MeshctlError
+from meshctl.heap import share_heap
 from meshctl.model import Plan, RouteId
 from meshctl.sim.load import allow_many_connections, calm_gc
 from xds.cache import Cache
@@ -200,5 +202,6 @@ if __name__ == "__main__":
     args = parser.parse_args()
     allow_many_connections()
     quiet_logs()
+    share_heap(mapped_bytes=MAPPED_BYTES)  # as `meshctl run` does
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(main(args.port, args.routes, args.endpoints, bare=args.bare, delta=args.delta))

@@ -151,8 +151,10 @@ class Cache:
                     self._unproven.discard(route)
 
     def _translated(self, route: RouteId, plan: RoutePlan) -> _Route:
+        """Built on the translation of the plan before it, if the resources were one: `put` takes any."""
         known = self._routes.get(route)
-        return self._merged(known, translate_route(plan, None if known is None else known.wanted), plan)
+        before = known.wanted if known is not None and known.plan is not None else None
+        return self._merged(known, translate_route(plan, before), plan)
 
     def _merged(self, known: _Route | None, wanted: RouteResources, plan: RoutePlan | None) -> _Route:
         """A new state, so that a publish that fails leaves the old one as it was."""
