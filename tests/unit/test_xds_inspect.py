@@ -39,7 +39,7 @@ def test_routes_are_decoded_with_the_retries_inside() -> None:
     decoded = decode(route_configuration([with_domains(RESOURCES.virtual_host, ("a.example",))]))
     (host,) = decoded["virtualHosts"]
     assert host["domains"] == ["a.example"]
-    (predicate,) = host["routes"][0]["route"]["retryPolicy"]["retryHostPredicate"]
+    (predicate,) = host["retryPolicy"]["retryHostPredicate"]
     assert predicate["typedConfig"]["@type"].endswith("PreviousHostsPredicate")
 
 
