@@ -178,12 +178,17 @@ class WorldChannel(Channel):
         """An empty first list of names is the legacy wildcard, and stays one while it is empty."""
         stays = not self.asked or (self.wildcard and not self.raw.values)
         legacy = stays and not names.values and self.type_url in WHOLE
+        everything = self.wildcard
         self.wildcard = legacy or ANY in names.values
         if names is self.raw:
             return
         self.raw, before = names, self.names
         self.names = interned(names.values - {ANY}) if ANY in names.values else names.values
-        if not self.wildcard and (gone := before - self.names):
+        if self.wildcard:
+            return
+        if everything:
+            before = frozenset((*self.sent, *self.accepted))
+        if gone := before - self.names:
             self.sent, self.accepted = self.sent.without(gone), self.accepted.without(gone)
 
     def adopt(self, target: Table) -> bool:

@@ -131,6 +131,8 @@ class Kind:
     """Versions; in delta (name, version)."""
     kept: set[str] = field(default_factory=set)
     """Delta: what it refused to let go."""
+    claimed: bool = False
+    """It had something of an earlier stream."""
     moved: bool = False
     """Its names changed since the newest response was written."""
 
@@ -287,6 +289,7 @@ class Dialogues(RuleBasedStateMachine):
     ) -> None:
         """One request, and what it means."""
         state = self.kinds[kind]
+        state.claimed = state.claimed or (not state.asked and bool(self.held[kind]))
         node = None if self.introduced else self.node
         self.introduced = True
         request: Request | DeltaRequest
@@ -331,7 +334,9 @@ class Dialogues(RuleBasedStateMachine):
         if not state.asked:
             state.legacy = kind in WHOLE and not names
             state.wildcard, state.asked = state.legacy, True
-            state.told = dict(versions)
+            snapshot = self.snapshot
+            now = {} if snapshot is None else self.target(kind, state, snapshot)
+            state.told = {n: v for n, v in versions.items() if n in now and version_text(now[n].digest) == v}
             # what it does not claim is lost to it: there is no way to learn that it is gone
             self.held[kind] = {n: d for n, d in self.held[kind].items() if n in versions}
         state.wildcard = (state.wildcard or ANY in names) and ANY not in drop
@@ -342,8 +347,7 @@ class Dialogues(RuleBasedStateMachine):
             gone |= self.held[kind].keys() - state.names
             state.told = {n: v for n, v in state.told.items() if n in state.names}
             state.unanswered &= state.names
-        for name in gone:
-            self.held[kind].pop(name, None)
+        self.held[kind] = {n: d for n, d in self.held[kind].items() if n not in gone and state.wants(n)}
         asked = names - {ANY} - versions.keys()
         for name in gone | asked:
             state.told.pop(name, None)
@@ -361,7 +365,7 @@ class Dialogues(RuleBasedStateMachine):
         state.kept -= new.keys() | set(response.removed)
         if self.delta:
             state.told.update({n: response.versions[n] for n in new if n not in state.unanswered})
-        elif not state.moved and not state.refused:
+        elif not (state.moved or state.refused or state.claimed):
             content = frozenset(held.items())
             assert self.contents.setdefault((kind, response.version), content) == content
             known = {v for (k, v), c in self.contents.items() if k is kind and c == content}

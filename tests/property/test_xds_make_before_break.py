@@ -1,8 +1,9 @@
 """Make before break, for every order of events: a model of an Envoy that would answer 503 fails the test.
 
 The model keeps what a real Envoy does (seen in its dialogue): a new or changed cluster warms until it is sent
-endpoints, clusters are acknowledged only when all are warm, routes are in force and removed clusters gone at once. It
-speaks state of the world (`WorldEnvoy`) or delta (`DeltaEnvoy`).
+endpoints; while one does, nothing is said of clusters, neither an acknowledgement nor, on a new stream, what it has;
+routes are in force and removed clusters gone at once. It speaks state of the world (`WorldEnvoy`) or delta
+(`DeltaEnvoy`).
 """
 
 from __future__ import annotations
@@ -39,19 +40,21 @@ class ModelEnvoy(ABC):
     active: set[str] = field(default_factory=set)
     routed: set[str] = field(default_factory=set)
     nonces: dict[str, str] = field(default_factory=dict)
-    asked_routes: bool = False
+    started: bool = False
+    """It was warm once, and has asked for routes since."""
     warming: set[str] = field(default_factory=set)
-    unacknowledged: bool = False
-    """Clusters are still warming. They are in force all the same, and are what a new stream begins with."""
+    unsaid: bool = True
+    """Clusters are to be asked for or acknowledged, once all are warm."""
 
     def connect(self) -> list[Request | DeltaRequest]:
         """The first requests of a new stream, with the versions of the earlier one."""
-        self.nonces, self.unacknowledged, self.asked_routes = {}, False, False
-        first = self.request(TypeUrl.CLUSTER, node=NODE)
-        return [first, *([self.request(TypeUrl.ENDPOINT)] if self.clusters else []), *self._routes()]
+        self.nonces, self.unsaid = {}, True
+        asked = self._clusters()
+        asked += [self.request(TypeUrl.ENDPOINT)] if self.clusters else []
+        return asked + ([self.request(TypeUrl.ROUTE)] if self.started else [])
 
     @abstractmethod
-    def request(self, kind: TypeUrl, *, answers: bool = False, node: Node | None = None) -> Request | DeltaRequest:
+    def request(self, kind: TypeUrl, *, answers: bool = False) -> Request | DeltaRequest:
         """What is wanted of `kind` now, and whether that accepts the newest response."""
 
     @abstractmethod
@@ -63,11 +66,19 @@ class ModelEnvoy(ABC):
         names = {TypeUrl.ENDPOINT: self.clusters.keys(), TypeUrl.ROUTE: {ROUTE_CONFIGURATION}}
         return frozenset(names.get(kind, ()))
 
-    def _routes(self) -> list[Request | DeltaRequest]:
-        if self.asked_routes or self.warming or not self.clusters:
+    def _clusters(self) -> list[Request | DeltaRequest]:
+        if self.warming or not self.unsaid:
             return []
-        self.asked_routes = True
-        return [self.request(TypeUrl.ROUTE)]
+        self.unsaid = False
+        return [self.request(TypeUrl.CLUSTER, answers=True)]
+
+    def _warm(self) -> list[Request | DeltaRequest]:
+        """What it says once all clusters are warm; the first time it goes on to the routes."""
+        asked = self._clusters()
+        if self.started or self.warming or not self.clusters:
+            return asked
+        self.started = True
+        return [*asked, self.request(TypeUrl.ROUTE)]
 
     def take(self, data: bytes) -> list[Request | DeltaRequest]:
         """Applies a response; what it answers. Fails where requests would."""
@@ -89,19 +100,13 @@ class ModelEnvoy(ABC):
         # An Envoy keeps the old cluster in use while its successor warms.
         self.active -= gone
         self.warming = (self.warming - gone) | changed
-        self.unacknowledged = True
-        return [*([self.request(TypeUrl.ENDPOINT)] if changed or gone else []), *self._acknowledge()]
+        self.unsaid = True
+        return [*([self.request(TypeUrl.ENDPOINT)] if changed or gone else []), *self._warm()]
 
     def _take_endpoints(self, names: set[str]) -> list[Request | DeltaRequest]:
         self.active |= names & self.clusters.keys()
         self.warming -= names
-        return [self.request(TypeUrl.ENDPOINT, answers=True), *self._acknowledge()]
-
-    def _acknowledge(self) -> list[Request | DeltaRequest]:
-        if self.warming or not self.unacknowledged:
-            return self._routes()
-        self.unacknowledged = False
-        return [self.request(TypeUrl.CLUSTER, answers=True), *self._routes()]
+        return [self.request(TypeUrl.ENDPOINT, answers=True), *self._warm()]
 
 
 @dataclass
@@ -110,9 +115,9 @@ class WorldEnvoy(ModelEnvoy):
 
     versions: dict[str, str] = field(default_factory=dict)
 
-    def request(self, kind: TypeUrl, *, answers: bool = False, node: Node | None = None) -> Request:
+    def request(self, kind: TypeUrl, *, answers: bool = False) -> Request:
         names = names_of(sorted(self.wanted(kind)))
-        return Request(kind, self.versions.get(kind, ""), self.nonces.get(kind, ""), names, node)
+        return Request(kind, self.versions.get(kind, ""), self.nonces.get(kind, ""), names, NODE)
 
     def read(self, data: bytes) -> tuple[TypeUrl, Mapping[str, bytes], set[str]]:
         response = DiscoveryResponse.parse(data)
@@ -133,7 +138,7 @@ class DeltaEnvoy(ModelEnvoy):
         self.subscribed = {}
         return super().connect()
 
-    def request(self, kind: TypeUrl, *, answers: bool = False, node: Node | None = None) -> DeltaRequest:
+    def request(self, kind: TypeUrl, *, answers: bool = False) -> DeltaRequest:
         before, wanted = self.subscribed.get(kind), self.wanted(kind)
         self.subscribed[kind] = wanted
         subscribe, unsubscribe = wanted - (before or set()), (before or frozenset()) - wanted
@@ -142,7 +147,7 @@ class DeltaEnvoy(ModelEnvoy):
             has = self.versions[kind] = {name: version for name, version in has.items() if name in wanted}
         nonce = self.nonces.get(kind, "") if answers else ""
         initial = dict(has) if before is None else {}
-        return DeltaRequest(kind, nonce, tuple(sorted(subscribe)), tuple(sorted(unsubscribe)), initial, node)
+        return DeltaRequest(kind, nonce, tuple(sorted(subscribe)), tuple(sorted(unsubscribe)), initial, NODE)
 
     def read(self, data: bytes) -> tuple[TypeUrl, Mapping[str, bytes], set[str]]:
         response = DeltaDiscoveryResponse.parse(data)
@@ -214,6 +219,7 @@ def test_no_order_of_events_breaks_a_route(
             link.deliver(direction)
     link.deliver("settle")
     snapshot = link.snapshot
+    assert not link.envoy.warming
     assert set(link.envoy.clusters) == set(snapshot.clusters)
     assert link.envoy.routed == {name for host in snapshot.virtual_hosts.values() for name in host.needs}
     assert not link.envoy.clusters or link.subscription.synced(snapshot)
