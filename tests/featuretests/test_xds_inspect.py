@@ -85,8 +85,7 @@ async def test_what_is_held_is_what_was_acknowledged() -> None:
 async def test_a_refusal_is_shown_word_for_word_and_what_was_before_is_held() -> None:
     """Until something newer is accepted; metrics and other types are told apart."""
     registry = CollectorRegistry()
-    server = await XdsServer.start(metrics=XdsMetrics(registry))
-    try:
+    async with xds_server(metrics=XdsMetrics(registry)) as server:
         async with ads_stream(server.address, "gw") as stream:
             server.apply(plan(one()))
             await connect(stream, ONE)
@@ -115,8 +114,6 @@ async def test_a_refusal_is_shown_word_for_word_and_what_was_before_is_held() ->
         assert [counted("requests_total", kind) for kind in (CDS, EDS, LDS, RDS)] == [2, 4, 0, 2]
         await seen(server, lambda s: not s)
         assert registry.get_sample_value("meshctl_xds_streams", {"protocol": "sotw"}) == 0
-    finally:
-        await server.stop()
 
 
 async def test_a_delta_stream_for_one_type_is_shown_as_such() -> None:

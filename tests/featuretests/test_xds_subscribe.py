@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import grpc
 import pytest
 from envoy_data_plane.envoy.service.discovery.v3 import DiscoveryResponse
 
-from tests.featuretests.test_xds_dialogue import CDS, EDS, LDS, ONE, TWO, A, B, names, one, two
+from tests.featuretests.test_xds_dialogue import CDS, EDS, LDS, ONE, SMOOTH, TWO, A, B, names, one, two
 from tests.harness.ads_client import AdsStream, ads_stream
 from tests.harness.envoy import plan, route_plan, xds_server
 
@@ -43,6 +45,7 @@ async def test_a_client_that_names_no_clusters_gets_all_until_it_names_some() ->
         response = await stream.read()
         assert names(response) == sorted(ONE + TWO)
         await stream.ack(response, ONE[:1])
+        server.apply(plan(replace(one(), load_balancer=SMOOTH), two()))
         assert names(await stream.read()) == ONE[:1]
 
 

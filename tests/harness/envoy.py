@@ -31,6 +31,7 @@ from meshctl.model import (
 from meshctl.sim.envoy import envoy_binary
 from xds.credentials import Security
 from xds.limits import Limits
+from xds.metrics import XdsMetrics
 from xds.server import XdsServer
 
 HEADERS = ("x-batch-size", "batch_size", "nv-inferrequest")
@@ -95,10 +96,13 @@ def plan(*routes: RoutePlan) -> Plan:
 
 @asynccontextmanager
 async def xds_server(
-    port: int = 0, security: Security | None = None, limits: Limits | None = None
+    port: int = 0,
+    security: Security | None = None,
+    limits: Limits | None = None,
+    metrics: XdsMetrics | None = None,
 ) -> AsyncIterator[XdsServer]:
     """A server of ours, stopped at the end."""
-    server = await XdsServer.start(port=port, security=security, limits=limits)
+    server = await XdsServer.start(port=port, security=security, limits=limits, metrics=metrics)
     try:
         yield server
     finally:
