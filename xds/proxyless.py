@@ -1,19 +1,22 @@
 """What a gRPC client of its own `xds:///` resolver is served of one route. Pure.
 
 gRPC's resolver knows the same resources as Envoy, but not all of what they say: it ignores the weights of endpoints.
-It does follow those of a route's clusters and those of a cluster's localities, both exactly and by chance. So a size
-class is a choice of clusters, one for each GPU product, and in a cluster every endpoint is a locality of its own. The
-share of an endpoint is then what the plan says.
+It does follow those of a route's clusters and those of a cluster's localities: each request draws one. So a size class
+is a choice of clusters, one for each GPU product, and a cluster has a locality for each weight that its endpoints have,
+inside which they take turns. The share of an endpoint is then what the plan says.
+
+Weights that differ by rounding only (`ALIKE`) share a locality: 333, 333 and 334 take turns, rather than 666 and 334
+being drawn. Turns are worth that: of four equal servers at 70 % load a request waits 0.19 service times in the mean
+when they take turns, 1.16 when they are drawn (simulated: Poisson arrivals, constant service times).
 
 Invariants
 - A size class always has a cluster to go to: requests are late or UNAVAILABLE, never "no route".
 - Clusters follow from the spec and the products of the endpoints, so that a shift of weights is a change of the route
   configuration and of load assignments only.
-- A locality is named after its endpoint: a new weight moves nobody to another locality, which gRPC would take for new
-  servers to connect to.
-
-Rejected: a locality for all endpoints of the same weight. Round robin inside it would be smoother than chance, but each
-change of a weight moves endpoints between localities, and requests wait while those connect.
+- A product that gets nothing keeps its endpoints: load assignments arrive before the routes, and until these do, some
+  requests still go there. Only when nobody at all is ready there is nobody to go to.
+- A locality is named after its first endpoint: while its endpoints have weights alike, they stay together whatever the
+  weight is. gRPC keeps each locality that it ever saw for 15 minutes; named after weights they would pile up.
 
 Left out, as gRPC has no such thing: the least-request balancer, outlier detection by consecutive failures, a time-out
 per try. Retries of what no server has begun it does by itself. Hosts with a `*` can't be named by a client.
@@ -23,7 +26,7 @@ Source: https://github.com/grpc/proposal, A27, A28, A31, A42, A44.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import lru_cache
@@ -35,14 +38,16 @@ from envoy_data_plane.envoy.extensions.filters.http.router import v3 as router_v
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager import v3 as hcm_v3
 from envoy_data_plane.google.protobuf import Any
 
-from meshctl.model import DEFAULT_CLASS, Protocol, Retry, RouteId, RoutePlan, RouteSpec, cluster_name
-from xds.assignments import Members, members, weights_of
+from meshctl.model import DEFAULT_CLASS, Endpoint, Protocol, Retry, RouteId, RoutePlan, RouteSpec, cluster_name
+from xds.assignments import lb_endpoint, members, weights_of
 from xds.requests import bare_hosts
 from xds.translate import UNLIMITED, Resource, resource_of, route_match, text
 from xds.wire import TypeUrl, field, integer
 
 NO_PRODUCT = "-"
 """Of endpoints whose GPU is unknown: no product is called so."""
+ALIKE = 1.02
+"""Largest ratio of two weights in one locality: less than a dead band, more than the rounding of weights from 50 up."""
 _MANAGER = "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager"
 
 
@@ -67,21 +72,24 @@ def client_resources(plan: RoutePlan) -> ClientResources | None:
     spec, endpoints = plan.route.spec, plan.route.endpoints
     if spec.protocol is not Protocol.GRPC:
         return None
-    products = sorted({endpoint.gpu for endpoint in endpoints}) or [""]
+    fleets: dict[str, list[Endpoint]] = {}
+    for endpoint in sorted(endpoints, key=lambda e: e.gpu):
+        fleets.setdefault(endpoint.gpu, []).append(endpoint)
+    ready = members(endpoints)
     clusters: dict[str, Resource] = {}
     assignments: dict[str, Resource] = {}
     choices: dict[str, dict[str, int]] = {}
-    some = members(endpoints)
-    gpus = [endpoint.gpu for endpoint in endpoints if endpoint.ready]
     for size in (*(s.name for s in spec.sizes), DEFAULT_CLASS):
-        weights = weights_of(some, plan.weights.get(size, {}))
+        weights = dict(zip(ready.ids, weights_of(ready, plan.weights.get(size, {})), strict=True))
         choice = choices[size] = {}
-        for product in products:
+        for product, fleet in fleets.items() or [("", [])]:
             name = f"{cluster_name(spec.id, size)}/{product or NO_PRODUCT}"
-            own = tuple(weight if gpu == product else 0 for gpu, weight in zip(gpus, weights, strict=True))
+            own = [weights.get(endpoint.id, 0) for endpoint in fleet]
             choice[name] = sum(own)
+            if weights and not any(own):
+                own = [1] * len(fleet)
             clusters[name] = resource_of(TypeUrl.CLUSTER, spec.id, name, text(1, name) + _cluster_tail())
-            assignments[name] = _assignment(spec.id, name, some, own)
+            assignments[name] = _assignment(spec.id, name, fleet, own)
     return ClientResources(
         route=spec.id,
         hosts=tuple(host for host in bare_hosts(spec.hosts) if "*" not in host),
@@ -128,17 +136,30 @@ def _cluster_tail() -> bytes:
     )
 
 
-def _assignment(route: RouteId, name: str, of: Members, weights: tuple[int, ...]) -> Resource:
-    """Of the members with a weight."""
-    used = [(e, head, weight) for e, head, weight in zip(of.ids, of.heads, weights, strict=True) if weight]
-    data = text(1, name) + b"".join(_locality(e, head, weight) for e, head, weight in used)
-    return resource_of(TypeUrl.ENDPOINT, route, name, data, weights=tuple(weight for _, _, weight in used))
+def _assignment(route: RouteId, name: str, fleet: Sequence[Endpoint], weights: Sequence[int]) -> Resource:
+    """Of those with a weight."""
+    data = text(1, name) + b"".join(_locality(fleet, together, weights) for together in _alike(weights))
+    return resource_of(TypeUrl.ENDPOINT, route, name, data, weights=tuple(filter(None, weights)))
 
 
-@lru_cache(maxsize=65536)
-def _locality(name: str, head: bytes, weight: int) -> bytes:
+def _alike(weights: Sequence[int]) -> list[list[int]]:
+    """The positions of those with a weight, those of weights alike together; each in order, and by the first."""
+    groups: list[list[int]] = []
+    lightest = 0
+    for weight, position in sorted((weight, i) for i, weight in enumerate(weights) if weight):
+        if groups and weight <= lightest * ALIKE:
+            groups[-1].append(position)
+        else:
+            groups.append([position])
+            lightest = weight
+    return sorted(sorted(group) for group in groups)
+
+
+def _locality(fleet: Sequence[Endpoint], together: list[int], weights: Sequence[int]) -> bytes:
     """Field endpoints = 2 of a ClusterLoadAssignment: locality = 1, lb_endpoints = 2, load_balancing_weight = 3."""
-    return field(2, field(1, text(3, name)) + field(2, head) + field(3, integer(1, weight)))
+    endpoints = b"".join(field(2, lb_endpoint(fleet[i].address, fleet[i].port)) for i in together)
+    total = sum(weights[i] for i in together)
+    return field(2, field(1, text(3, fleet[together[0]].id)) + endpoints + field(3, integer(1, total)))
 
 
 def _routes(spec: RouteSpec, choices: Mapping[str, Mapping[str, int]]) -> Resource:
