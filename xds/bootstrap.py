@@ -22,10 +22,17 @@ _TYPE = "type.googleapis.com/envoy.extensions"
 
 
 def bootstrap(
-    xds: Address, listen: Address, admin: Address, node_id: str, *, group: str = "", tls: EnvoyTls | None = None
+    xds: Address,
+    listen: Address,
+    admin: Address,
+    node_id: str,
+    *,
+    group: str = "",
+    tls: EnvoyTls | None = None,
+    delta: bool = False,
 ) -> dict[str, Any]:
     """The bootstrap of one gateway of `group` ("": the group of all that name none); with `tls`, the files of
-    `envoytls.secret_files` belong to it."""
+    `envoytls.secret_files` belong to it. `delta`: it is told what changed, instead of the state of the world."""
     # 0s: wait for as long as it takes. An Envoy without routes is not ready, rather than ready and answering 404.
     ads = {"ads": {}, "resource_api_version": "V3", "initial_fetch_timeout": "0s"}
     routes = {"rds": {"route_config_name": ROUTE_CONFIGURATION, "config_source": ads}}
@@ -33,7 +40,7 @@ def bootstrap(
         **base(admin, node_id, group),
         "dynamic_resources": {
             "ads_config": {
-                "api_type": "GRPC",
+                "api_type": "DELTA_GRPC" if delta else "GRPC",
                 "transport_api_version": "V3",
                 "grpc_services": [{"envoy_grpc": {"cluster_name": XDS_CLUSTER}}],
                 # The node is 35 kB of extensions in a real Envoy: once per stream is enough.

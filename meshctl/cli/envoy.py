@@ -33,6 +33,9 @@ def bootstrap_command(
     group: Annotated[
         str, typer.Option(help="The group of proxies that it belongs to: one of a ModelRoute's spec.proxyGroups.")
     ] = "",
+    delta: Annotated[
+        bool, typer.Option("--delta", help="Incremental xDS: a change of one route costs the same among thousands.")
+    ] = False,
     xds_ca: Annotated[
         Path | None, typer.Option(metavar="FILE", help="CA of the xDS server's certificate (PEM): talk TLS to it.")
     ] = None,
@@ -59,7 +62,7 @@ def bootstrap_command(
     server, listening = Address.parse(xds, "--xds"), Address.parse(listen, "--listen")
     name = node_id or f"{socket.gethostname()}-{listening.port}"
     tls = _tls(xds_ca, xds_cert, xds_key, xds_secrets)
-    data = bootstrap(server, listening, Address.parse(admin, "--admin"), name, group=group, tls=tls)
+    data = bootstrap(server, listening, Address.parse(admin, "--admin"), name, group=group, tls=tls, delta=delta)
     if tls is not None:
         _write(secret_files(tls, server, name))
     emit(data, Output.JSON if output is Output.JSON else Output.YAML, table=lambda: "")

@@ -68,11 +68,17 @@ def envoy_binary() -> Path:
 
 
 def gateway(
-    xds: str, node_id: str, listen: str = "127.0.0.1:0", *, group: str = "", tls: EnvoyTls | None = None
+    xds: str,
+    node_id: str,
+    listen: str = "127.0.0.1:0",
+    *,
+    group: str = "",
+    tls: EnvoyTls | None = None,
+    delta: bool = False,
 ) -> Config:
     """An Envoy of `group` that takes its routes from the xDS server at `xds` (``host:port``)."""
     server, address = Address.parse(xds, "xds"), Address.parse(listen, "listen")
-    return lambda admin: bootstrap(server, address, admin, node_id, group=group, tls=tls)
+    return lambda admin: bootstrap(server, address, admin, node_id, group=group, tls=tls, delta=delta)
 
 
 def balanced(

@@ -29,13 +29,19 @@ def _envoy() -> None:
     require_envoy()
 
 
+@pytest.fixture(params=[False, True], ids=["state of the world", "delta"])
+def delta(request: pytest.FixtureRequest) -> bool:
+    """Which protocol the Envoy speaks."""
+    return bool(request.param)
+
+
 async def counter(envoy: EnvoyProcess, pattern: str) -> dict[str, int]:
     """Envoy's counters whose names match `pattern`."""
     lines = (await envoy.get(f"/stats?filter={pattern}")).splitlines()
     return {name: int(value) for name, _, value in (line.partition(": ") for line in lines)}
 
 
-async def test_routes_come_and_go_under_load(tmp_path: Path) -> None:
+async def test_routes_come_and_go_under_load(tmp_path: Path, delta: bool) -> None:
     """Routes are added, get other size classes (other clusters) and are removed: no request of any host fails."""
     async with Backends(2) as backends, xds_server() as server:
         a, b = backends.addresses
@@ -43,7 +49,7 @@ async def test_routes_come_and_go_under_load(tmp_path: Path) -> None:
         other = (SizeClass("one", 1, 1, 1, 0.5), SizeClass("rest", 2, 128, 64, 0.5))
         server.apply(plan(stable))
         async with (
-            EnvoyProcess(tmp_path, gateway(server.address, "gw"), concurrency=2) as envoy,
+            EnvoyProcess(tmp_path, gateway(server.address, "gw", delta=delta), concurrency=2) as envoy,
             aiohttp.ClientSession() as session,
             load(envoy.url, workers=4, host="stable") as outcome,
         ):
@@ -65,7 +71,7 @@ async def test_routes_come_and_go_under_load(tmp_path: Path) -> None:
         assert outcome.failed == 0, outcome.statuses
 
 
-async def test_a_restart_of_the_server_moves_and_resends_nothing(tmp_path: Path) -> None:
+async def test_a_restart_of_the_server_moves_and_resends_nothing(tmp_path: Path, delta: bool) -> None:
     """The Envoy serves while the server is away; the same plan from a new server is no update at all."""
     async with Backends(2) as backends:
         a, b = backends.addresses
@@ -73,8 +79,9 @@ async def test_a_restart_of_the_server_moves_and_resends_nothing(tmp_path: Path)
         async with xds_server() as server:
             server.apply(plan(route))
             address, port = server.address, server.port
-            async with EnvoyProcess(tmp_path, gateway(address, "gw")) as envoy:
+            async with EnvoyProcess(tmp_path, gateway(address, "gw", delta=delta)) as envoy:
                 await server.wait_synced(SYNC_S)
+                assert [s.protocol for s in server.streams()] == ["delta" if delta else "sotw"]
                 before = await counter(envoy, "update_success|update_attempt")
                 async with load(envoy.url, workers=2) as outcome:
                     await server.stop()
@@ -92,14 +99,14 @@ async def test_a_restart_of_the_server_moves_and_resends_nothing(tmp_path: Path)
                 assert outcome.failed == 0, outcome.statuses
 
 
-async def test_an_envoy_that_starts_first_waits_for_its_routes(tmp_path: Path) -> None:
+async def test_an_envoy_that_starts_first_waits_for_its_routes(tmp_path: Path, delta: bool) -> None:
     """Without a control plane it is not ready, and takes no request that it could only answer 404; then it serves."""
     async with Backends(1) as backends:
         (a,) = backends.addresses
         async with xds_server() as gone:
             port = gone.port
         async with (
-            EnvoyProcess(tmp_path, gateway(f"127.0.0.1:{port}", "gw"), wait_ready=False) as envoy,
+            EnvoyProcess(tmp_path, gateway(f"127.0.0.1:{port}", "gw", delta=delta), wait_ready=False) as envoy,
             aiohttp.ClientSession() as session,
         ):
             with pytest.raises(MeshctlError, match="answers 503"):
@@ -110,12 +117,12 @@ async def test_an_envoy_that_starts_first_waits_for_its_routes(tmp_path: Path) -
                 assert await request(session, envoy.url) == (200, a)
 
 
-async def test_an_envoy_that_is_killed_in_mid_push_comes_back(tmp_path: Path) -> None:
+async def test_an_envoy_that_is_killed_in_mid_push_comes_back(tmp_path: Path, delta: bool) -> None:
     """Its successor gets everything; the server notices that it went."""
     async with Backends(2) as backends, xds_server() as server:
         a, b = backends.addresses
         server.apply(plan(route_plan("default/r", {a: 1000})))
-        async with EnvoyProcess(tmp_path / "1", gateway(server.address, "gw")) as envoy:
+        async with EnvoyProcess(tmp_path / "1", gateway(server.address, "gw", delta=delta)) as envoy:
             await server.wait_synced(SYNC_S)
             server.apply(plan(route_plan("default/r", {b: 1000}), route_plan("default/s", {b: 1000}, hosts=("s",))))
             os.kill(envoy.pid, signal.SIGKILL)
@@ -123,20 +130,23 @@ async def test_an_envoy_that_is_killed_in_mid_push_comes_back(tmp_path: Path) ->
                 while server.status().proxies:
                     await server.wait_changed()
         async with (
-            EnvoyProcess(tmp_path / "2", gateway(server.address, "gw")) as again,
+            EnvoyProcess(tmp_path / "2", gateway(server.address, "gw", delta=delta)) as again,
             aiohttp.ClientSession() as session,
         ):
             await server.wait_synced(SYNC_S)
             assert await request(session, again.url) == (200, b)
 
 
-async def test_a_refused_route_goes_back_to_its_last_good_state(tmp_path: Path) -> None:
+async def test_a_refused_route_goes_back_to_its_last_good_state(tmp_path: Path, delta: bool) -> None:
     """A cluster that Envoy refuses is quarantined with Envoy's words; its route keeps serving, the others move on."""
     async with Backends(2) as backends, xds_server() as server:
         a, b = backends.addresses
         good = plan(route_plan("default/bad", {a: 1000}, hosts=("bad",)), route_plan("default/ok", {a: 1000}))
         server.apply(good)
-        async with EnvoyProcess(tmp_path, gateway(server.address, "gw")) as envoy, aiohttp.ClientSession() as session:
+        async with (
+            EnvoyProcess(tmp_path, gateway(server.address, "gw", delta=delta)) as envoy,
+            aiohttp.ClientSession() as session,
+        ):
             await server.wait_synced(SYNC_S)
             moved = plan(route_plan("default/bad", {b: 1000}, hosts=("bad",)), route_plan("default/ok", {b: 1000}))
             server.publish(spoiled(translate(moved), RouteId("default/bad")))
