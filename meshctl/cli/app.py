@@ -32,6 +32,7 @@ COMMANDS: dict[str, str] = {
     "gpu": "meshctl.cli.gpu:app",
     "place": "meshctl.cli.place:place",
     "envoy": "meshctl.cli.envoy:app",
+    "grpc": "meshctl.cli.grpcclients:app",
     "sim": "meshctl.cli.sim:app",
     "version": "meshctl.cli.version:version",
 }
