@@ -23,8 +23,8 @@ def addresses(count: int, first: int = 0) -> list[str]:
 def weighted(
     name: str, members: Sequence[str], seed: int, *, hosts: Sequence[str] = ("*",), sizes: Sequence[SizeClass] = SIZES
 ) -> RoutePlan:
-    """A route over `members` with weights 1 to 200, drawn for each size class."""
-    random = np.random.default_rng(seed)
+    """A route over `members` with weights 1 to 200, drawn for each size class; by name, as decisions have them."""
+    random, members = np.random.default_rng(seed), sorted(members)
     tables = {
         size: dict(zip(members, random.integers(1, 200, len(members)).tolist(), strict=True))
         for size in (*(s.name for s in sizes), DEFAULT_CLASS)

@@ -158,9 +158,10 @@ class Bare(Served):
         wake = asyncio.Event()
         writer = asyncio.create_task(self._write(wake, context))
         try:
-            async for _ in requests:
+            async for data in requests:
                 self._wakes.add(wake)  # once it has asked
                 self.acks.took()
+                del data  # or the first, which is large, stays until the second
         finally:
             self._wakes.discard(wake)
             writer.cancel()
