@@ -117,7 +117,6 @@ async def test_a_node_stays_who_it_is(what: str) -> None:
         response = await stream.read()
         await say_again(stream)
         await stream.ack(response)
-        await server.wait_changed()
         setattr(stream.node, what, "gRPC Python")
         await say_again(stream)
         await stream.ask(RDS, ["meshctl"])
