@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grpc
 import pytest
 from envoy_data_plane.envoy.service.discovery.v3 import DeltaDiscoveryResponse
 
@@ -315,3 +316,60 @@ async def test_nothing_is_said_before_the_first_plan() -> None:
             await server.wait_changed()
         server.apply(plan(one()))
         assert names(await stream.read()) == ONE
+
+
+async def silent(stream: DeltaStream, type_url: TypeUrl) -> None:
+    """Nothing is due, and all that was said is taken in: what comes next answers a new question."""
+    await stream.ask(type_url, ["no such resource"])
+    response = await stream.read()
+    assert (response.type_url, names(response), response.removed_resources) == (type_url, [], ["no such resource"])
+    await stream.ack(response)
+
+
+async def test_what_is_unsubscribed_from_is_not_told_any_more() -> None:
+    """Neither that it changed nor that it went."""
+    async with xds_server() as server, delta_stream(server.address) as stream:
+        server.apply(plan(one()))
+        await stream.ask(EDS, ONE)
+        await stream.ack(await stream.read())
+        await stream.ask(EDS, unsubscribe=ONE[1:])
+        await silent(stream, LDS)
+        server.apply(plan(one(1)))
+        response = await stream.read()
+        assert names(response) == ONE[:1]
+        await stream.ack(response)
+        await silent(stream, LDS)
+
+
+async def test_what_a_wildcard_covers_is_sent_again_when_it_is_unsubscribed_from() -> None:
+    """The client has dropped it, and is to have it all the same."""
+    async with xds_server() as server, delta_stream(server.address, only=CDS) as stream:
+        server.apply(plan(one()))
+        await stream.ask(CDS, ["*", ONE[0]])
+        await stream.ack(await stream.read())
+        await stream.ask(CDS, unsubscribe=ONE[:1])
+        assert names(await stream.read()) == ONE[:1]
+
+
+async def test_what_a_client_refused_is_not_sent_to_it_again() -> None:
+    """One that is no gateway: nothing is quarantined. What the error names waits for its next version."""
+    async with xds_server() as server, delta_stream(server.address, only=CDS) as stream:
+        server.apply(plan(one()))
+        await stream.ask(CDS)
+        await stream.nack(await stream.read(), f"{ONE[0]} is odd")
+        response = await stream.read()
+        assert names(response) == ONE[1:]
+        await stream.ack(response)
+        await silent(stream, CDS)
+        assert server.status().quarantined == {}
+        server.apply(plan(one(bias=0.5)))
+        assert names(await stream.read()) == ONE
+
+
+async def test_another_type_on_a_stream_for_one_type_ends_it() -> None:
+    """The client learns why."""
+    async with xds_server() as server, delta_stream(server.address, only=CDS) as stream:
+        server.apply(plan(one()))
+        await stream.ask(EDS, ["*"])
+        assert await stream.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "use ADS for several types" in await stream.details()
