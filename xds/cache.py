@@ -129,7 +129,7 @@ class Cache:
         the ones that the proxy names, if it names any.
         """
         parts = [part for resource in nack.contents for part in resource.parts or (resource,)]
-        suspects = [r for r in parts if not self._accepted(r)]
+        suspects = [r for r in parts if not self.proven(r)]
         named = [r for r in suspects if r.name in nack.error] or suspects
         states = {r.route: self._routes[r.route] for r in named if r.route in self._routes}
         for resource in named:
@@ -162,7 +162,10 @@ class Cache:
             return _Route(plan, wanted)
         return _Route(plan, _shared(known.wanted, wanted), known.published, known.good, known.refused)
 
-    def _accepted(self, resource: Resource) -> bool:
+    def proven(self, resource: Resource) -> bool:
+        """Whether some proxy has accepted it, or its virtual hosts."""
+        if resource.parts:
+            return all(self.proven(part) for part in resource.parts)
         state = self._routes.get(resource.route)
         if state is None:
             return False

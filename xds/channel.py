@@ -265,7 +265,7 @@ class DeltaChannel(Channel):
         subscribed = frozenset(request.subscribe)
         if ANY in subscribed or (first and not subscribed and self.type_url in WHOLE):
             self.wildcard = True
-        if ANY in request.unsubscribe:
+        elif ANY in request.unsubscribe:
             self.wildcard = False
         if subscribed or request.unsubscribe:
             gone = frozenset(request.unsubscribe) - subscribed

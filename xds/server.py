@@ -344,8 +344,10 @@ class XdsServer:
         nack = stream.subscription.nack(answer)
         self._metrics.refused(answer.type_url)
         log.warning("xds.refused", proxy=stream.name, type=nack.type_url, version=nack.version, error=nack.error)
+        if nack.contents and all(map(self._cache.proven, nack.contents)):
+            stream.differs = True
         # What a client that is no gateway can't read says nothing about the gateways.
-        if stream.subscription.gateway and self._cache.refuse(nack):
+        if stream.subscription.gateway and not stream.differs and self._cache.refuse(nack):
             self._wake_all()
 
     def _look(self, stream: Stream) -> None:
@@ -356,6 +358,7 @@ class XdsServer:
         if synced and snapshot is not None and stream.subscription.gateway:
             self._cache.accept(snapshot)
         stream.synced = synced
+        stream.differs = stream.differs and not synced
         if synced:
             self._started(stream)
         self._tell()

@@ -25,6 +25,7 @@ class Stream:
         "_task",
         "admitted",
         "context",
+        "differs",
         "ended",
         "identity",
         "known",
@@ -55,6 +56,8 @@ class Stream:
         self.admitted = False
         """It may be sent something."""
         self.synced = False
+        self.differs = False
+        """It refused what other proxies accept, and is not in sync since: what it refuses says nothing about that."""
         self.ended = False
         """By us."""
         self._task = task

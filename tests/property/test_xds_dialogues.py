@@ -127,6 +127,8 @@ class Kind:
     """Delta: what the server may take for granted that the client has: name -> version."""
     unanswered: set[str] = field(default_factory=set)
     """Delta: names subscribed to, of which nothing was said since."""
+    dropped: set[str] = field(default_factory=set)
+    """Delta: names unsubscribed from or subscribed to since the newest response was written."""
     refused: set[object] = field(default_factory=set)
     """Versions; in delta (name, version)."""
     kept: set[str] = field(default_factory=set)
@@ -339,9 +341,10 @@ class Dialogues(RuleBasedStateMachine):
             state.told = {n: v for n, v in versions.items() if n in now and version_text(now[n].digest) == v}
             # what it does not claim is lost to it: there is no way to learn that it is gone
             self.held[kind] = {n: d for n, d in self.held[kind].items() if n in versions}
-        state.wildcard = (state.wildcard or ANY in names) and ANY not in drop
+        drop -= names
+        state.wildcard = (state.wildcard and ANY not in drop) or ANY in names
         state.legacy = state.legacy and state.wildcard
-        gone = drop - names - {ANY}
+        gone = drop - {ANY}
         state.names = (state.names | names) - gone - {ANY}
         if ANY in drop:
             gone |= self.held[kind].keys() - state.names
@@ -352,6 +355,7 @@ class Dialogues(RuleBasedStateMachine):
         for name in gone | asked:
             state.told.pop(name, None)
         state.unanswered = (state.unanswered - gone) | asked
+        state.dropped |= gone | asked
         state.moved = state.moved or bool(names or drop)
 
     def accepted(self, kind: TypeUrl, response: Response) -> None:
@@ -364,7 +368,7 @@ class Dialogues(RuleBasedStateMachine):
             held.pop(name, None)
         state.kept -= new.keys() | set(response.removed)
         if self.delta:
-            state.told.update({n: response.versions[n] for n in new if n not in state.unanswered})
+            state.told.update({n: response.versions[n] for n in new if n not in state.dropped})
         elif not (state.moved or state.refused or state.claimed):
             content = frozenset(held.items())
             assert self.contents.setdefault((kind, response.version), content) == content
@@ -421,6 +425,7 @@ class Dialogues(RuleBasedStateMachine):
             assert name not in response.resources
             state.told.pop(name, None)
         state.unanswered -= response.resources.keys() | set(response.removed)
+        state.dropped.clear()
 
     @invariant()
     def in_sync_means_that_it_has_all(self) -> None:
