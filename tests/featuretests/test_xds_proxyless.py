@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +12,8 @@ import pytest
 from meshctl.model import Plan, Retry
 from tests.harness.certificates import Authority, tls_files
 from tests.harness.envoy import plan, xds_server
-from tests.harness.grpc_servers import Answers, Client, GrpcServers, grpc_client, grpc_plan
+from tests.harness.grpc_servers import DEADLINE_S as CALL_DEADLINE_S
+from tests.harness.grpc_servers import HANG, Answers, Client, GrpcServers, grpc_client, grpc_plan
 from tests.harness.tools import until
 from xds.credentials import Security
 from xds.grpcbootstrap import ClientTls
@@ -141,6 +143,17 @@ async def test_an_xds_server_that_restarts_is_not_missed(monkeypatch: pytest.Mon
                     assert (await client.ask(40)).served == {first: 40}
                     again.apply(plan(grpc_plan("ml/model", {first: 0, second: 1000}, hosts=(HOST,))))
                     await settled(client, {second})
+
+
+async def test_the_routes_timeout_ends_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the client's own deadline, which is longer."""
+    async with GrpcServers(1) as servers, xds_server() as xds:
+        xds.apply(plan(grpc_plan("ml/model", shares(servers, 1000), hosts=(HOST,), timeout_s=0.2)))
+        async with grpc_client(monkeypatch, xds.address, HOST) as client:
+            began_s = time.monotonic()
+            found = await client.ask(1, method=HANG)
+    assert [reason.partition(":")[0] for reason in found.failed] == ["DEADLINE_EXCEEDED"]
+    assert time.monotonic() - began_s < CALL_DEADLINE_S
 
 
 async def test_a_client_of_a_group_over_tls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

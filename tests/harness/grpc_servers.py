@@ -21,6 +21,8 @@ from tests.harness.envoy import SIZES, route_plan
 from xds.grpcbootstrap import ClientTls, grpc_bootstrap
 
 METHOD = "/inference.Inference/Infer"
+HANG = "/inference.Inference/Hang"
+"""Never answers."""
 DEADLINE_S = 20.0
 
 
@@ -54,7 +56,11 @@ class GrpcServers:
             async def answer(_: bytes, __: Any, index: int = index) -> bytes:
                 return self.addresses[index].encode()
 
-            methods = {"Infer": grpc.unary_unary_rpc_method_handler(answer)}
+            async def hang(_: bytes, __: Any) -> bytes:
+                return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]  # never
+
+            handlers = {"Infer": answer, "Hang": hang}
+            methods = {name: grpc.unary_unary_rpc_method_handler(handler) for name, handler in handlers.items()}
             handler = grpc.method_handlers_generic_handler("inference.Inference", methods)
             server.add_generic_rpc_handlers((handler,))
             self.addresses.append(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}")
@@ -87,9 +93,11 @@ class Client:
 
     channel: aio.Channel
 
-    async def ask(self, count: int, metadata: Mapping[str, str] | None = None, *, at_once: int = 8) -> Answers:
+    async def ask(
+        self, count: int, metadata: Mapping[str, str] | None = None, *, at_once: int = 8, method: str = METHOD
+    ) -> Answers:
         """`count` calls, `at_once` at a time."""
-        answers, call = Answers(), self.channel.unary_unary(METHOD)
+        answers, call = Answers(), self.channel.unary_unary(method)
         sent = tuple((metadata or {}).items())
         left = iter(range(count))
 
