@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import grpc
 import pytest
-from envoy_data_plane.envoy.service.discovery.v3 import DeltaDiscoveryResponse
 from grpc import aio
 
-from tests.featuretests.test_xds_dialogue import CDS, EDS, LDS, ONE, connect, names, one
+from tests.featuretests.test_xds_dialogue import CDS, EDS, ONE, connect, names, one
 from tests.harness.ads_client import DEADLINE_S, AdsStream, DeltaStream, ads_stream, delta_stream
 from tests.harness.envoy import plan, xds_server
 from xds.limits import Limits
@@ -102,24 +100,10 @@ async def test_a_stream_without_a_request() -> None:
         await refused(stream, grpc.StatusCode.RESOURCE_EXHAUSTED, "no request within 0.1 s")
 
 
-LONG = [f"{number}-" + 100 * "n" for number in range(60_000)]
-"""Names that there are not: an answer says so of each, in 7 MB."""
-
-
-async def overfill(stream: DeltaStream) -> None:
-    """Asks for two answers: gRPC takes in one of them for a client that does not read, the other one gets stuck."""
-    for kind in (EDS, LDS):
-        await stream.ask(kind, LONG)
-
-
-async def emptied(stream: DeltaStream) -> None:
-    """Reads what was written before the end: whole answers, one at least."""
-    answers = 0
-    with contextlib.suppress(aio.AioRpcError):
-        while (data := await asyncio.wait_for(stream.call.read(), DEADLINE_S)) is not aio.EOF:
-            answers += 1
-            assert len(DeltaDiscoveryResponse.parse(data).removed_resources) == len(LONG)
-    assert answers
+LONG = [f"{number}-" + 400 * "n" for number in range(50_000)]
+"""Names that there are not: the answer says so of each, in 20 MB. Of 7 MB gRPC takes in all for who does not read."""
+LARGE = 2**25
+"""Bytes of a request for them."""
 
 
 def rejected(metrics: XdsMetrics, reason: str) -> float | None:
@@ -130,26 +114,29 @@ def rejected(metrics: XdsMetrics, reason: str) -> float | None:
 async def test_a_client_that_does_not_read_for_too_long() -> None:
     """It is no client any more; when it reads at last it learns that the stream has ended, and why."""
     metrics = XdsMetrics()
-    async with serving(Limits(write_s=0.1), metrics) as (server, _), delta_stream(server.address, "lazy") as lazy:
-        await overfill(lazy)
+    async with (
+        serving(Limits(write_s=0.1, message_bytes=LARGE), metrics) as (server, _),
+        delta_stream(server.address, "lazy") as lazy,
+    ):
+        await lazy.ask(EDS, LONG)
         await until(server, lambda: rejected(metrics, "slow") == 1)
         assert nodes(server) == ["good"]
-        await emptied(lazy)
+        assert len((await lazy.read()).removed_resources) == len(LONG)
         await refused(lazy, grpc.StatusCode.RESOURCE_EXHAUSTED, "nothing was read for 0.1 s")
 
 
 @pytest.mark.parametrize("garbage", [True, False], ids=["garbage", "its own end"])
 async def test_a_client_that_does_not_read_is_told_of_the_end_all_the_same(garbage: bool) -> None:
     """Of the end that it asked for, or that its garbage has brought."""
-    async with serving() as (server, _), delta_stream(server.address, "lazy") as lazy:
-        await overfill(lazy)
+    async with serving(Limits(message_bytes=LARGE)) as (server, _), delta_stream(server.address, "lazy") as lazy:
+        await lazy.ask(EDS, LONG)
         await until(server, lambda: "lazy" in nodes(server))
         if garbage:
             await lazy.call.write(b"\xff\xff")
         else:
             await lazy.call.done_writing()
         await until(server, lambda: nodes(server) == ["good"])
-        await emptied(lazy)
+        assert len((await lazy.read()).removed_resources) == len(LONG)
         if garbage:
             await refused(lazy, grpc.StatusCode.INVALID_ARGUMENT, "not a protobuf message")
         else:
@@ -159,18 +146,19 @@ async def test_a_client_that_does_not_read_is_told_of_the_end_all_the_same(garba
 async def test_a_client_that_never_reads_counts_until_it_goes() -> None:
     """Else one could take any amount of memory. It keeps no server from stopping."""
     metrics = XdsMetrics()
-    async with serving(Limits(streams=2, write_s=0.1), metrics) as (server, _):
+    async with serving(Limits(streams=2, write_s=0.1, message_bytes=LARGE), metrics) as (server, _):
         async with delta_stream(server.address, "lazy") as lazy:
-            await overfill(lazy)
+            await lazy.ask(EDS, LONG)
             await until(server, lambda: rejected(metrics, "slow") == 1)
             async with ads_stream(server.address, "third") as third:
                 await refused(third, grpc.StatusCode.RESOURCE_EXHAUSTED, "2 streams are open here")
         async with asyncio.timeout(DEADLINE_S):
             while not await served(server):
                 pass  # it has not seen yet that the other one went
-    async with xds_server() as server, delta_stream(server.address, "lazy") as lazy:
+    limits = Limits(message_bytes=LARGE)
+    async with xds_server(limits=limits) as server, delta_stream(server.address, "lazy") as lazy:
         server.apply(plan(one()))
-        await overfill(lazy)
+        await lazy.ask(EDS, LONG)
         await until(server, lambda: "lazy" in nodes(server))
         await asyncio.wait_for(server.stop(), DEADLINE_S)
 
