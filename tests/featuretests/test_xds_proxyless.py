@@ -13,8 +13,7 @@ from meshctl.model import Plan, Retry
 from tests.harness.certificates import Authority, tls_files
 from tests.harness.envoy import plan, xds_server
 from tests.harness.grpc_servers import DEADLINE_S as CALL_DEADLINE_S
-from tests.harness.grpc_servers import HANG, Answers, Client, GrpcServers, grpc_client, grpc_plan
-from tests.harness.tools import until
+from tests.harness.grpc_servers import HANG, Answers, GrpcServers, grpc_client, grpc_plan
 from xds.credentials import Security
 from xds.grpcbootstrap import ClientTls
 
@@ -31,21 +30,12 @@ def published(servers: GrpcServers, *weights: int, host: str = HOST) -> Plan:
     return plan(grpc_plan("ml/model", shares(servers, *weights), hosts=(host, "*"), gpus=gpus))
 
 
-async def settled(client: Client, expected: set[str]) -> None:
-    """Waits until exactly the `expected` servers answer."""
-
-    async def only_those() -> bool:
-        return set((await client.ask(60)).served) == expected
-
-    await until(only_those, f"only {sorted(expected)} answer")
-
-
 async def test_weights_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between GPU products, and inside one; a server of weight 0 gets nothing."""
     async with GrpcServers(4) as servers, xds_server() as xds:
         xds.apply(published(servers, 500, 250, 250, 0))
         async with grpc_client(monkeypatch, xds.address, HOST) as client:
-            await settled(client, set(servers.addresses[:3]))
+            await client.settled(set(servers.addresses[:3]))
             found = await client.ask(2000)
     assert not found.failed
     a, b, c = (found.served[address] for address in servers.addresses[:3])
@@ -61,7 +51,7 @@ async def test_servers_of_weights_alike_take_turns(monkeypatch: pytest.MonkeyPat
     async with GrpcServers(3) as servers, xds_server() as xds:
         xds.apply(plan(grpc_plan("ml/model", shares(servers, 333, 333, 334), hosts=(HOST,))))
         async with grpc_client(monkeypatch, xds.address, HOST) as client:
-            await settled(client, set(servers.addresses))
+            await client.settled(set(servers.addresses))
             found = await client.ask(300, at_once=1)
     assert sum(found.served.values()) == 300
     # drawn by chance, they would be off by 8 as often as not
@@ -99,7 +89,7 @@ async def test_changes_under_load_lose_nothing(monkeypatch: pytest.MonkeyPatch) 
     async with GrpcServers(4) as servers, xds_server() as xds:
         xds.apply(published(servers, 250, 250, 250, 250))
         async with grpc_client(monkeypatch, xds.address, HOST) as client:
-            await settled(client, set(servers.addresses))
+            await client.settled(set(servers.addresses))
             stop, total = asyncio.Event(), Answers()
 
             async def load() -> None:
@@ -116,11 +106,11 @@ async def test_changes_under_load_lose_nothing(monkeypatch: pytest.MonkeyPatch) 
                         xds.apply(published(servers, *weights))
                         await asyncio.sleep(0.005)  # a change while the one before it is on its way
                 xds.apply(published(servers, 0, 0, 1000, 0))
-                await settled(client, {servers.addresses[2]})
+                await client.settled({servers.addresses[2]})
                 await servers.leave(0)
                 left = dict.fromkeys(servers.addresses[1:2], 1000)
                 xds.apply(plan(grpc_plan("ml/model", left, hosts=(HOST,))))
-                await settled(client, set(left))
+                await client.settled(set(left))
             finally:
                 stop.set()
                 await asking
@@ -136,13 +126,13 @@ async def test_an_xds_server_that_restarts_is_not_missed(monkeypatch: pytest.Mon
             port = xds.port
             xds.apply(plan(grpc_plan("ml/model", {first: 1000, second: 0}, hosts=(HOST,))))
             async with grpc_client(monkeypatch, xds.address, HOST) as client:
-                await settled(client, {first})
+                await client.settled({first})
                 await xds.stop()
                 assert (await client.ask(40)).served == {first: 40}
                 async with xds_server(port) as again:
                     assert (await client.ask(40)).served == {first: 40}
                     again.apply(plan(grpc_plan("ml/model", {first: 0, second: 1000}, hosts=(HOST,))))
-                    await settled(client, {second})
+                    await client.settled({second})
 
 
 async def test_the_routes_timeout_ends_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,4 +173,4 @@ async def test_nobody_ready_is_unavailable_until_somebody_is(monkeypatch: pytest
             found = await client.ask(1)
             assert [reason.partition(":")[0] for reason in found.failed] == ["UNAVAILABLE"]
             xds.apply(plan(grpc_plan("ml/model", {only: 1000}, hosts=(HOST,), retry=Retry(2, None, idempotent=True))))
-            await settled(client, {only})
+            await client.settled({only})

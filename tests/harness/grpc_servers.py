@@ -18,6 +18,7 @@ from grpc import aio
 from meshctl.address import Address
 from meshctl.model import Protocol, RoutePlan
 from tests.harness.envoy import SIZES, route_plan
+from tests.harness.tools import until
 from xds.grpcbootstrap import ClientTls, grpc_bootstrap
 
 METHOD = "/inference.Inference/Infer"
@@ -110,6 +111,14 @@ class Client:
 
         await asyncio.gather(*(some() for _ in range(at_once)))
         return answers
+
+    async def settled(self, expected: set[str]) -> None:
+        """Waits until exactly the `expected` servers answer."""
+
+        async def only_those() -> bool:
+            return set((await self.ask(60)).served) == expected
+
+        await until(only_those, f"only {sorted(expected)} answer")
 
 
 @asynccontextmanager
