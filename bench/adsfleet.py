@@ -28,6 +28,8 @@ CLIENT_PROCESSES = 1
 REST_S = 0.1
 """Each change begins at rest."""
 SYNC_S = 120.0
+SETTLED_S = 4.0
+"""After a burst the server gives memory back: a pause, not a wait for something."""
 
 
 @dataclass(slots=True)
@@ -40,6 +42,8 @@ class Found:
     cpu_us: float = float("nan")
     """The server's, for each stream and change."""
     idle_kb: float = float("nan")
+    used_kb: float = float("nan")
+    """The same after the changes."""
     again_s: float = float("nan")
     """Until all were in sync after they came back with what they had."""
     new_s: float = float("nan")
@@ -112,7 +116,9 @@ async def bench_fleet(report: Report, node: Path, streams: int, changes: int) ->
         Figure("the same bytes by a bare server, p50", float(np.median(bare.p50_ms)), "ms", note=note),
         Figure("the same bytes by a bare server, p99", float(np.median(bare.p99_ms)), "ms", note=note),
         Figure("a bare server's CPU per stream and change", bare.cpu_us, "us"),
-        Figure("a bare server's memory per idle stream", bare.idle_kb, "kB"),
+        Figure(
+            "a bare server's memory per idle stream", bare.idle_kb, "kB", note=f"{bare.used_kb:.0f} after the changes"
+        ),
         Figure("a bare server: all reconnected", bare.new_s, "s", note="and have asked; nothing is sent"),
         Figure("change, p99: ours / bare", float(np.median(ours.p99_ms) / np.median(bare.p99_ms)), "x"),
         Figure("change, CPU: ours / bare", ours.cpu_us / bare.cpu_us, "x"),
@@ -139,6 +145,7 @@ def _report(report: Report, name: str, found: Found, note: str) -> None:
         ),
         Figure(f"CPU of the server per stream and change ({name})", found.cpu_us, "us"),
         Figure(f"memory per idle stream ({name})", found.idle_kb, "kB", at_most(IDLE_KB), "all in sync"),
+        Figure(f"memory per idle stream after the changes ({name})", found.used_kb, "kB"),
         Figure(
             f"all clients reconnect, with what they had ({name})",
             found.again_s,
@@ -163,7 +170,7 @@ async def _measured(node: Path, streams: int, changes: int, *, bare: bool, delta
     async with _fleet(node, streams, ["--bare"] * bare, ["--delta"] * delta) as fleet:
         before_mb, _ = memory_mb(fleet.server.pid)
         await fleet.come(found)
-        await asyncio.sleep(1.0)  # a thousand handshakes' worth of garbage goes
+        await asyncio.sleep(SETTLED_S)
         found.idle_kb = 1e3 * (memory_mb(fleet.server.pid)[0] - before_mb) / streams
         used_s = -(await fleet.server.ask("cpu"))["s"]
         for step in range(1, changes + 1):
@@ -173,6 +180,8 @@ async def _measured(node: Path, streams: int, changes: int, *, bare: bool, delta
             await asyncio.sleep(REST_S)
         used_s += (await fleet.server.ask("cpu"))["s"]
         found.cpu_us = 1e6 * used_s / streams / changes
+        await asyncio.sleep(SETTLED_S)
+        found.used_kb = 1e3 * (memory_mb(fleet.server.pid)[0] - before_mb) / streams
         await fleet.leave()
         found.again_s = await fleet.come(found)
         await fleet.leave()

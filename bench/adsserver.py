@@ -29,13 +29,14 @@ from bench.lines import ANSWER_S, serve
 from bench.report import quiet_logs
 from meshctl.cli.run import MAPPED_BYTES
 from meshctl.errors import MeshctlError
-from meshctl.heap import share_heap
+from meshctl.heap import give_back, share_heap
 from meshctl.model import Plan, RouteId
 from meshctl.sim.load import allow_many_connections, calm_gc
 from xds.cache import Cache
 from xds.limits import Limits
 from xds.server import XdsServer, _options
 
+HEAP_S = 3.0
 LOOK_S = 0.01
 """Between two looks at what there is no event for."""
 
@@ -150,6 +151,7 @@ class Bare(Served):
 
     async def wait(self, streams: int, timeout_s: float) -> bool:
         until_s = time.monotonic() + timeout_s
+        asyncio.get_running_loop().call_later(HEAP_S, give_back)  # as the real one does when a burst is over
         while self.connected < streams and time.monotonic() < until_s:  # noqa: ASYNC110 (it tells nobody)
             await asyncio.sleep(LOOK_S)
         return self.connected >= streams
