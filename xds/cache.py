@@ -27,6 +27,8 @@ from xds.table import Table
 from xds.translate import Resource, RouteResources, translate_route
 from xds.wire import Flavour
 
+REFUSED_KEPT = 256
+"""Resources remembered per route that were refused, the newest: more than one plan of a route has."""
 GOOD_KEPT = 3
 """Accepted states remembered per route: the newest may still be refused by a proxy that is slower."""
 Key = tuple[str, Flavour]
@@ -50,6 +52,12 @@ class _Route:
         if not self.refused:
             return None
         return next((self.refused[r.own_digest] for r in resources_of(resources) if r.own_digest in self.refused), None)
+
+    def refuse(self, resource: Resource, words: str) -> None:
+        self.refused.pop(resource.own_digest, None)
+        self.refused[resource.own_digest] = words
+        if len(self.refused) > REFUSED_KEPT:
+            del self.refused[next(iter(self.refused))]
 
     def best(self) -> RouteResources | None:
         """The newest resources that were not refused."""
@@ -95,7 +103,7 @@ class Cache:
     def problems(self) -> tuple[Problem, ...]:
         """Hosts that two routes of one group claim."""
         found = [p for key, g in self._groups.items() if key[1] is Flavour.ENVOY for p in g.snapshot.problems]
-        return tuple(dict.fromkeys(found))
+        return tuple(sorted(set(found), key=lambda p: (p.where, p.message)))
 
     @property
     def quarantined(self) -> Mapping[RouteId, str]:
@@ -134,7 +142,7 @@ class Cache:
         states = {r.route: self._routes[r.route] for r in named if r.route in self._routes}
         for resource in named:
             if resource.route in states:
-                states[resource.route].refused[resource.own_digest] = f"{nack.node.id}: {nack.error}"
+                states[resource.route].refuse(resource, f"{nack.node.id}: {nack.error}")
         return bool(states) and self._publish(states) > 0
 
     def accept(self, snapshot: Snapshot) -> None:

@@ -8,10 +8,11 @@ import pytest
 
 from meshctl.model import RouteId
 from tests.harness.envoy import plan, route_plan
-from xds.cache import Cache
+from xds.cache import REFUSED_KEPT, Cache
 from xds.snapshot import Group, InconsistentError, Snapshot
+from xds.subscription import Nack
 from xds.translate import RouteResources, translate_route
-from xds.wire import Flavour
+from xds.wire import Flavour, Node, TypeUrl
 
 A, B = "10.0.0.1:8000", "10.0.0.2:8000"
 ONE = translate_route(route_plan("n/one", {A: 600, B: 400}, hosts=("one",)))
@@ -80,3 +81,25 @@ def test_a_plan_that_cannot_be_published_leaves_the_last_one() -> None:
     assert cache.apply(good) == 0
     assert cache.apply(plan(route_plan("n/r", {A: 1000}))) == 0
     assert cache.apply(plan()) == 9
+
+
+def test_what_a_route_remembers_of_refusals_is_bounded() -> None:
+    """A proxy that refuses each new plan for ever takes no more and more memory; the newest are remembered, and the
+    route stays at what was accepted."""
+    cache = Cache()
+    cache.apply(plan(route_plan("n/r", {A: 1000})))
+    accepted = cache.snapshot
+    assert accepted is not None
+    cache.accept(accepted)
+    for weight in range(1, REFUSED_KEPT + 10):
+        wanted = plan(route_plan("n/r", {A: weight, B: 1000 - weight}))
+        cache.apply(wanted)
+        snapshot = cache.snapshot
+        assert snapshot is not None
+        (suspect,) = (r for r in snapshot.assignments.values() if r.name == "n/r/small")
+        assert cache.refuse(Nack(Node("gw"), TypeUrl.ENDPOINT, "v", "no", [suspect]))
+        assert cache.snapshot is not None
+        assert cache.snapshot.version == accepted.version
+        assert cache.quarantined == {"n/r": "gw: no"}
+        assert cache.apply(wanted) == 0
+    assert cache.apply(plan(route_plan("n/r", {A: 1, B: 999}))) == 4, "so long ago that it is tried again"
