@@ -52,8 +52,8 @@ mesh: st.SearchStrategy[dict[str, Any]] = st.one_of(
 def routes(draw: st.DrawFn) -> dict[str, Any]:
     """Valid ModelRoutes, in a mesh and not, of Services and of static endpoints."""
     ports = draw(st.lists(st.integers(1, 65535), min_size=1, max_size=5, unique=True))
-    static = {"endpoints": [{"address": "10.0.0.1", "port": port, "gpu": "V100"} for port in ports]}
-    service = {"service": {"name": draw(names), "port": draw(st.sampled_from([ports[0], "http"]))}}
+    static: dict[str, Any] = {"endpoints": [{"address": "10.0.0.1", "port": port, "gpu": "V100"} for port in ports]}
+    service: dict[str, Any] = {"service": {"name": draw(names), "port": draw(st.sampled_from([ports[0], "http"]))}}
     latency_ns = draw(st.integers(1, DAY_NS))
     protocol = draw(st.sampled_from(["HTTP", "GRPC"]))
     return route(
