@@ -80,13 +80,13 @@ async def test_a_hundred_changes_under_load_fail_no_request(tmp_path: Path) -> N
 
 
 async def test_several_envoys_get_the_same(tmp_path: Path) -> None:
-    """Each gateway follows the weights; one that leaves disturbs nobody."""
+    """Each gateway follows the weights, in either protocol; one that leaves disturbs nobody."""
     async with Backends(2) as backends, xds_server() as server:
         a, b = backends.addresses
         server.apply(plan(route_plan("default/r", {a: 1000, b: 0})))
         async with (
             EnvoyProcess(tmp_path / "1", gateway(server.address, "gw-1")) as one,
-            EnvoyProcess(tmp_path / "2", gateway(server.address, "gw-2")) as two,
+            EnvoyProcess(tmp_path / "2", gateway(server.address, "gw-2", delta=True)) as two,
             aiohttp.ClientSession() as session,
         ):
             await server.wait_synced(SYNC_S, proxies=2)
