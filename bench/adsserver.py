@@ -34,7 +34,8 @@ from meshctl.model import Plan, RouteId
 from meshctl.sim.load import allow_many_connections, calm_gc
 from xds.cache import Cache
 from xds.limits import Limits
-from xds.server import XdsServer, _options
+from xds.server import XdsServer
+from xds.services import options
 
 HEAP_S = 3.0
 LOOK_S = 0.01
@@ -131,7 +132,7 @@ class Bare(Served):
         self._method = method(delta=delta)
         self._wakes: set[asyncio.Event] = set()
         self._payload = b""
-        self._server = aio.server(options=_options(Limits()))
+        self._server = aio.server(options=options(Limits()))
 
     async def start(self, port: int) -> None:
         _, service, name = self._method.split("/")

@@ -13,10 +13,8 @@ Invariants
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import grpc
@@ -34,6 +32,7 @@ from xds.identity import NotAllowedError
 from xds.inspect import SHORT, StreamStatus
 from xds.limits import Limits
 from xds.metrics import XdsMetrics
+from xds.services import DiscoveryHandler, options
 from xds.snapshot import Snapshot
 from xds.stream import Stream
 from xds.translate import Resource, Resources
@@ -41,21 +40,6 @@ from xds.wire import Flavour, ProtocolError, TypeUrl, parse_delta_request, parse
 
 log = structlog.get_logger(__name__)
 
-_DISCOVERY = {
-    None: ("discovery.v3.AggregatedDiscoveryService", "AggregatedResources"),
-    TypeUrl.CLUSTER: ("cluster.v3.ClusterDiscoveryService", "Clusters"),
-    TypeUrl.ENDPOINT: ("endpoint.v3.EndpointDiscoveryService", "Endpoints"),
-    TypeUrl.LISTENER: ("listener.v3.ListenerDiscoveryService", "Listeners"),
-    TypeUrl.ROUTE: ("route.v3.RouteDiscoveryService", "Routes"),
-}
-METHODS: Mapping[str, tuple[TypeUrl | None, bool]] = MappingProxyType(
-    {
-        f"/envoy.service.{service}/{kind}{resources}": (only, kind == "Delta")
-        for only, (service, resources) in _DISCOVERY.items()
-        for kind in ("Stream", "Delta")
-    }
-)
-"""Each method that is served: the one type that its streams are for (None: all), and whether it is incremental."""
 STOP_GRACE_S = 0.2
 """For what is being written. Streams are ended by us: they never end by themselves."""
 NEWS_S = 20e-6
@@ -84,8 +68,8 @@ class XdsServer:
         self._streams: dict[int, Stream] = {}
         self._peers: Counter[str] = Counter()
         self._starting: set[Stream] = set()
-        self._queue: deque[Stream] = deque()
-        """Streams that wait until others are up to date."""
+        self._queue: OrderedDict[Stream, None] = OrderedDict()
+        """Streams that wait until others are up to date, in the order in which they came."""
         self._turn = 0
         self._stopping = False
         self._news = asyncio.Event()
@@ -108,9 +92,9 @@ class XdsServer:
         """Listens on `host`:`port`; 0 takes a free port (see `port`, `address`). Plain text without `security`. Raises
         InputError when it can't."""
         limits = limits or Limits()
-        server = aio.server(options=_options(limits))
+        server = aio.server(options=options(limits))
         self = cls(server, host, security, limits, metrics or XdsMetrics())
-        server.add_generic_rpc_handlers((_Handler(self._serve, self._health),))
+        server.add_generic_rpc_handlers((DiscoveryHandler(self._serve, self._health),))
         address = f"{host}:{port}"
         credentials = None if security is None else security.credentials()
         try:
@@ -334,7 +318,7 @@ class XdsServer:
         stream.known = True
         stream.snapshot = self._snapshot(stream)
         log.info("xds.connected", proxy=stream.name, group=node.group, protocol=stream.protocol)
-        self._queue.append(stream)
+        self._queue[stream] = None
         self._start_next()
 
     def _answered(self, stream: Stream, answer: Answer) -> None:
@@ -372,16 +356,18 @@ class XdsServer:
     def _start_next(self) -> None:
         """Lets waiting streams in while there is room."""
         while self._queue and len(self._starting) < self._limits.starting:
-            stream = self._queue.popleft()
-            if id(stream) not in self._streams:
-                continue
+            stream, _ = self._queue.popitem(last=False)
             self._starting.add(stream)
             stream.admitted = True
             stream.time_out(self._limits.starting_s, self._started)
             self._flush(stream)
 
     def _started(self, stream: Stream) -> None:
-        """The stream is up to date, gone, or had its time."""
+        """The stream is up to date, gone, or had its time. One that came back with all there is may be up to date
+        before its turn, and then needs none: it would hold it up for the others until its time is over."""
+        if stream in self._queue:
+            del self._queue[stream]
+            stream.admitted = True
         if stream in self._starting:
             self._starting.discard(stream)
             stream.cancel_timer()
@@ -428,6 +414,9 @@ class XdsServer:
         except _STREAM_ERRORS as error:
             log.warning("xds.stream_failed", proxy=stream.name, error=str(error))
             stream.end()
+        except Exception:  # ours: nobody awaits this task, and a stream without a writer would be told nothing any more
+            log.exception("xds.writer_failed", proxy=stream.name)
+            stream.end()
         finally:
             stream.writer = None
 
@@ -454,38 +443,3 @@ class XdsServer:
         self._telling, self._told_s = None, asyncio.get_running_loop().time()
         self._news.set()
         self._news = asyncio.Event()
-
-
-def _options(limits: Limits) -> Sequence[tuple[str, int]]:
-    return (
-        # Two servers on one port would each see half of the proxies.
-        ("grpc.so_reuseport", 0),
-        # A proxy that vanished without a FIN is noticed within 40 s, even with nothing to send.
-        ("grpc.keepalive_time_ms", 30_000),
-        ("grpc.keepalive_timeout_ms", 10_000),
-        ("grpc.keepalive_permit_without_calls", 1),
-        # Our bootstrap makes Envoy ping; gRPC's defaults would hang up on it ("too many pings").
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-        ("grpc.http2.max_ping_strikes", 0),
-        # Requests are small: measuring how much could be on its way to us gains nothing, and costs a ping for every
-        # message received, an eighth of the CPU time of a push and 8 kB a stream.
-        ("grpc.http2.bdp_probe", 0),
-        ("grpc.max_connection_age_ms", int(limits.connection_age_s * 1000)),
-        ("grpc.max_connection_age_grace_ms", 10_000),
-        ("grpc.max_receive_message_length", limits.message_bytes),
-        ("grpc.max_send_message_length", -1),
-    )
-
-
-class _Handler(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no type hints
-    """Routes the methods we serve, with bytes in and out."""
-
-    def __init__(self, serve: Callable[[TypeUrl | None, bool, AsyncIterator[bytes], Any], Any], health: Health) -> None:
-        self._health = health
-        self._handlers = {
-            method: grpc.stream_stream_rpc_method_handler(partial(serve, only, delta))
-            for method, (only, delta) in METHODS.items()
-        }
-
-    def service(self, call: Any) -> Any:
-        return self._handlers.get(call.method) or self._health.handler(call.method)

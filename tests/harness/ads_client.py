@@ -21,7 +21,7 @@ from envoy_data_plane.google.protobuf import Struct
 from envoy_data_plane.google.rpc import Status
 from grpc import aio
 
-from xds.server import METHODS
+from xds.services import METHODS
 from xds.wire import ADMIN_METADATA, TypeUrl
 
 DEADLINE_S = 20.0

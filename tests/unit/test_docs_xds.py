@@ -8,7 +8,7 @@ from pathlib import Path
 
 from xds.limits import Limits
 from xds.metrics import REJECTIONS, XdsMetrics
-from xds.server import METHODS
+from xds.services import METHODS
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "xds.md").read_text()
