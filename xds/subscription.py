@@ -196,7 +196,17 @@ class Subscription:
         if self.gateway and not (self._clusters.wildcard and self._routes.asked):
             return False
         return all(channel.settled(target) for channel, target in targets) and not (
-            self.gateway and self._cold(snapshot.clusters.keys())
+            self.gateway and not self._complete(snapshot) and self._cold(snapshot.clusters.keys())
+        )
+
+    def _complete(self, snapshot: Snapshot) -> bool:
+        """Whether the client accepted all clusters and load assignments, and none is to be sent once more. It tells
+        most clients apart by two numbers, where `_cold` looks at each of thousands of names."""
+        clusters, endpoints = self._clusters.accepted, self._endpoints.accepted
+        return (
+            not self._changed
+            and clusters.digest == snapshot.clusters.digest
+            and endpoints.digest == snapshot.assignments.digest
         )
 
     def _cold(self, clusters: Set[str]) -> bool:
@@ -278,8 +288,8 @@ class Subscription:
         asks for routes before clusters, so it is waited for."""
         if not self.gateway or (self._clusters.asked and not self._clusters.wildcard):
             return True
-        if self._clusters.accepted is snapshot.clusters and self._endpoints.accepted is snapshot.assignments:
-            return not self._changed  # all there is; a snapshot is consistent
+        if self._complete(snapshot):
+            return True  # a snapshot is consistent
         needs = frozenset(chain.from_iterable(resource.needs for resource in routes.values()))
         return needs <= self._clusters.accepted.keys() and not self._cold(needs)
 

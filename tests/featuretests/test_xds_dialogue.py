@@ -41,8 +41,8 @@ def weights(response: DiscoveryResponse) -> list[list[int | None]]:
     return [[e.load_balancing_weight for group in f.endpoints for e in group.lb_endpoints] for f in found]
 
 
-async def connect(stream: AdsStream, clusters: list[str]) -> None:
-    """What an Envoy does when it starts: clusters, their endpoints, routes; each accepted."""
+async def connect(stream: AdsStream, clusters: list[str]) -> dict[str, str]:
+    """What an Envoy does when it starts: clusters, their endpoints, routes; each accepted. The versions by type."""
     await stream.ask(CDS)
     response = await stream.read()
     assert (response.type_url, names(response)) == (CDS, clusters)
@@ -55,6 +55,7 @@ async def connect(stream: AdsStream, clusters: list[str]) -> None:
     routes = await stream.read()
     assert routes.type_url == RDS
     await stream.ack(routes, ["meshctl"])
+    return {r.type_url: r.version_info for r in (response, endpoints, routes)}
 
 
 async def test_an_envoy_connects() -> None:
@@ -167,20 +168,12 @@ async def test_a_reconnect_with_the_current_versions_is_sent_nothing() -> None:
     async with xds_server() as server:
         server.apply(plan(one()))
         async with ads_stream(server.address) as stream:
-            await stream.ask(CDS)
-            clusters = await stream.read()
-            await stream.ask(EDS, ONE)
-            endpoints = await stream.read()
-            await stream.ack(clusters)
-            await stream.ack(endpoints, ONE)
-            await stream.ask(RDS, ["meshctl"])
-            routes = await stream.read()
-            await stream.ack(routes, ["meshctl"])
+            held = await connect(stream, ONE)
             await server.wait_synced(DEADLINE_S)
         async with ads_stream(server.address) as stream:
-            await stream.ask(CDS, version=clusters.version_info)
-            await stream.ask(EDS, ONE, version=endpoints.version_info)
-            await stream.ask(RDS, ["meshctl"], version=routes.version_info)
+            await stream.ask(CDS, version=held[CDS])
+            await stream.ask(EDS, ONE, version=held[EDS])
+            await stream.ask(RDS, ["meshctl"], version=held[RDS])
             await server.wait_synced(DEADLINE_S)
             server.apply(plan(one(1, 999)))
             assert (await stream.read()).type_url == EDS

@@ -7,12 +7,14 @@ from collections.abc import Callable
 
 import grpc
 from grpc import aio
+from prometheus_client import CollectorRegistry
 
-from tests.featuretests.test_xds_dialogue import CDS, EDS, ONE, connect, names, one
+from tests.featuretests.test_xds_dialogue import CDS, EDS, ONE, RDS, connect, names, one
 from tests.harness.ads_client import DEADLINE_S, AdsStream, ads_stream
 from tests.harness.envoy import plan, xds_server
 from xds.inspect import SyncState
 from xds.limits import Limits
+from xds.metrics import XdsMetrics
 from xds.server import XdsServer
 
 NOT_SERVING, SERVING = b"\x08\x02", b"\x08\x01"
@@ -47,7 +49,7 @@ async def test_who_comes_with_many_others_waits_for_its_turn() -> None:
         endpoints = await first.read()
         await first.ack(response)
         await first.ack(endpoints, ONE)
-        await first.ask("type.googleapis.com/envoy.config.route.v3.RouteConfiguration", ["meshctl"])
+        await first.ask(RDS, ["meshctl"])
         await first.ack(await first.read(), ["meshctl"])
         assert names(await second.read()) == ONE
 
@@ -65,6 +67,48 @@ async def test_who_does_not_get_up_to_date_holds_up_nobody_for_long() -> None:
         await connect(second, ONE)
         await lazy.ask(EDS, ONE)
         assert names(await lazy.read()) == ONE
+
+
+async def test_who_comes_back_with_all_there_is_takes_no_turn() -> None:
+    """It is in sync before its turn has come: it is told of changes at once, and holds up nobody later."""
+    async with xds_server(limits=Limits(starting=1, starting_s=2 * DEADLINE_S)) as server:
+        server.apply(plan(one()))
+        async with ads_stream(server.address, "before") as stream:
+            held = await connect(stream, ONE)
+        async with (
+            ads_stream(server.address, "back") as back,
+            ads_stream(server.address, "new") as new,
+        ):
+            async with ads_stream(server.address, "lazy") as lazy:
+                await lazy.ask(CDS)
+                await lazy.read()
+                await back.ask(CDS, version=held[CDS])
+                await back.ask(EDS, ONE, version=held[EDS])
+                await back.ask(RDS, ["meshctl"], version=held[RDS])
+                await until(server, lambda: any(p.synced for p in server.status().proxies))
+                server.apply(plan(one(1, 999)))
+                assert (await back.read()).type_url == EDS
+                await new.ask(CDS)
+                await until(server, lambda: "new" in states(server))
+            assert names(await new.read()) == ONE
+
+
+async def test_who_goes_before_its_turn_waits_no_more() -> None:
+    """Nothing is kept of it, and the metric of those who wait has it no more."""
+    registry = CollectorRegistry()
+    async with (
+        xds_server(limits=Limits(starting=1, starting_s=2 * DEADLINE_S), metrics=XdsMetrics(registry)) as server,
+        ads_stream(server.address, "lazy") as lazy,
+    ):
+        server.apply(plan(one()))
+        await lazy.ask(CDS)
+        await lazy.read()
+        async with ads_stream(server.address, "second") as second:
+            await second.ask(CDS)
+            await until(server, lambda: "second" in states(server))
+            assert registry.get_sample_value("meshctl_xds_streams_waiting") == 1
+        await until(server, lambda: "second" not in states(server))
+        assert registry.get_sample_value("meshctl_xds_streams_waiting") == 0
 
 
 async def test_a_client_in_sync_is_told_of_changes_while_others_wait() -> None:
