@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from meshctl.model import PROXY_GROUP, Plan, Problem, RouteId, RoutePlan
+from xds.channel import meant
 from xds.snapshot import Group, Snapshot
 from xds.subscription import Nack
 from xds.table import Table
@@ -138,7 +139,7 @@ class Cache:
         """
         parts = [part for resource in nack.contents for part in resource.parts or (resource,)]
         suspects = [r for r in parts if not self.proven(r)]
-        named = [r for r in suspects if r.name in nack.error] or suspects
+        named = meant(nack.error, suspects)
         states = {r.route: self._routes[r.route] for r in named if r.route in self._routes}
         for resource in named:
             if resource.route in states:

@@ -16,6 +16,7 @@ Source: https://www.envoyproxy.io/docs/envoy/latest/api-docs/xds_protocol
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -244,7 +245,7 @@ class DeltaChannel(Channel):
         super().__init__(type_url)
         self._claimed: Mapping[str, str] | None = None
         self._refused_digests: dict[str, int] = {}
-        """Of resources that this client refused; UNKNOWN where it refused their removal."""
+        """Of resources that this client refused."""
         self._wanted: set[str] = set()
         """Names just subscribed to: they are answered, if only with the word that there is no such resource."""
 
@@ -323,8 +324,7 @@ class DeltaChannel(Channel):
         if not missing and not refused:
             return changes
         changed = tuple(r for r in changes.changed if refused.get(r.name) != r.digest)
-        removed = missing.union(name for name in changes.removed if refused.get(name) != UNKNOWN)
-        return Changes(changed, tuple(sorted(removed)))
+        return Changes(changed, tuple(sorted(missing.union(changes.removed))))
 
     def _answered(self, nonce: str, error: str | None) -> Answer | None:
         answer = super()._answered(nonce, error)
@@ -335,11 +335,17 @@ class DeltaChannel(Channel):
 
     def _refused(self, flight: Flight, error: str) -> None:
         """The resources that the client names, or all, are not sent again; what it has of any of them is unknown. Each
-        refusal leaves fewer to be tried, so this ends whatever a client says."""
-        named = [r for r in flight.contents if r.name in error] or flight.contents
-        self._refused_digests.update({r.name: r.digest for r in named})
-        self._refused_digests.update(dict.fromkeys(flight.removed, UNKNOWN))
+        refusal leaves fewer to be tried, so this ends whatever a client says. That something is no more was said."""
+        self._refused_digests.update({r.name: r.digest for r in meant(error, flight.contents)})
         self.sent = self.sent.replaced([_unknown(r.name) for r in flight.contents if r.name in self.sent])
+
+
+def meant(error: str, resources: Collection[Resource]) -> Collection[Resource]:
+    """Those that a refusal's words name, all of them where they name none. ``n/a`` is not named by ``n/a-2`` and not by
+    ``n/a/large``."""
+    hits = [r for r in resources if r.name in error]
+    named = [r for r in hits if re.search(rf"(?<![\w/-]){re.escape(r.name)}(?![\w/-])", error)]
+    return named or hits or resources
 
 
 def _held(resource: Resource | None, name: str, version: str) -> Resource:

@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from enum import StrEnum
+from functools import lru_cache
 from weakref import WeakValueDictionary
 
 from meshctl.errors import MeshctlError
@@ -229,8 +230,8 @@ def parse_delta_request(data: bytes) -> DeltaRequest:
             case 4:
                 unsubscribe.append(_text(value))
             case 5:
-                entry = dict(fields(_message(value), _FEW_FIELDS))
-                versions[_text(entry.get(1, b""))] = _text(entry.get(2, b""))
+                name, version = _entry(_message(value))
+                versions[name] = version
             case 6:
                 nonce = _text(value)
             case 7:
@@ -238,6 +239,13 @@ def parse_delta_request(data: bytes) -> DeltaRequest:
     for names in (subscribe, unsubscribe, versions):
         _limited(len(names))
     return DeltaRequest(type_url, nonce, tuple(subscribe), tuple(unsubscribe), versions, _node(node), _status(error))
+
+
+@lru_cache(maxsize=16_384)
+def _entry(data: bytes) -> tuple[str, str]:
+    """An entry of a map of strings. After a restart a thousand proxies send the same thousands of them."""
+    found = dict(fields(data, _FEW_FIELDS))
+    return _text(found.get(1, b"")), _text(found.get(2, b""))
 
 
 _interned: WeakValueDictionary[bytes, Names] = WeakValueDictionary()
