@@ -22,7 +22,7 @@ from meshctl.sim.envoy import EnvoyProcess, gateway
 from tests.harness.envoy import Backends, plan, request, require_envoy, route_plan
 from tests.harness.tools import DEADLINE_S
 from xds.cache import Cache
-from xds.server import METHODS
+from xds.services import METHODS
 from xds.subscription import Subscription
 from xds.wire import DeltaRequest, Request, TypeUrl, parse_delta_request, parse_request
 
