@@ -28,8 +28,6 @@ CLIENT_PROCESSES = 1
 REST_S = 0.1
 """Each change begins at rest."""
 SYNC_S = 120.0
-SETTLED_S = 4.0
-"""After a burst the server gives memory back: a pause, not a wait for something."""
 
 
 @dataclass(slots=True)
@@ -104,11 +102,12 @@ async def _fleet(node: Path, streams: int, options: list[str], delta: list[str])
         yield Fleet(server, clients, streams)
 
 
-async def bench_fleet(report: Report, node: Path, streams: int, changes: int) -> None:
-    """State of the world, delta, and the limit."""
-    bare = await _measured(node, streams, changes, bare=True, delta=False)
-    ours = await _measured(node, streams, changes, bare=False, delta=False)
-    delta = await _measured(node, streams, changes, bare=False, delta=True)
+async def bench_fleet(report: Report, node: Path, streams: int, changes: int, settled_s: float) -> None:
+    """State of the world, delta, and the limit. Memory is looked at `settled_s` after a burst: a server gives back what
+    that took."""
+    bare = await _measured(node, streams, changes, settled_s, bare=True, delta=False)
+    ours = await _measured(node, streams, changes, settled_s, bare=False, delta=False)
+    delta = await _measured(node, streams, changes, settled_s, bare=False, delta=True)
     note = f"{streams} streams, {changes} changes of {4 * ENDPOINTS} weights"
     for name, found in (("state of the world", ours), ("delta", delta)):
         _report(report, name, found, note)
@@ -164,13 +163,13 @@ def _report(report: Report, name: str, found: Found, note: str) -> None:
     )
 
 
-async def _measured(node: Path, streams: int, changes: int, *, bare: bool, delta: bool) -> Found:
+async def _measured(node: Path, streams: int, changes: int, settled_s: float, *, bare: bool, delta: bool) -> Found:
     progress(f"{streams} streams, {'delta' if delta else 'state of the world'}{', bare' if bare else ''} ...")
     found = Found()
     async with _fleet(node, streams, ["--bare"] * bare, ["--delta"] * delta) as fleet:
         before_mb, _ = memory_mb(fleet.server.pid)
         await fleet.come(found)
-        await asyncio.sleep(SETTLED_S)
+        await asyncio.sleep(settled_s)
         found.idle_kb = 1e3 * (memory_mb(fleet.server.pid)[0] - before_mb) / streams
         used_s = -(await fleet.server.ask("cpu"))["s"]
         for step in range(1, changes + 1):
@@ -180,7 +179,7 @@ async def _measured(node: Path, streams: int, changes: int, *, bare: bool, delta
             await asyncio.sleep(REST_S)
         used_s += (await fleet.server.ask("cpu"))["s"]
         found.cpu_us = 1e6 * used_s / streams / changes
-        await asyncio.sleep(SETTLED_S)
+        await asyncio.sleep(settled_s)
         found.used_kb = 1e3 * (memory_mb(fleet.server.pid)[0] - before_mb) / streams
         await fleet.leave()
         found.again_s = await fleet.come(found)

@@ -51,10 +51,11 @@ class Scale:
     pushes: int
     decisions: int
     changes: int
+    settled_s: float
 
 
-FULL = Scale(1000, 10_000, 1000, encodings=50, parses=2000, pushes=40, decisions=200, changes=1000)
-QUICK = Scale(20, 500, 20, encodings=3, parses=20, pushes=3, decisions=4, changes=50)
+FULL = Scale(1000, 10_000, 1000, encodings=50, parses=2000, pushes=40, decisions=200, changes=1000, settled_s=4.0)
+QUICK = Scale(20, 500, 20, encodings=3, parses=20, pushes=3, decisions=4, changes=50, settled_s=0.1)
 _NODE = 2
 """The field of a DiscoveryRequest that says who asks."""
 
@@ -91,7 +92,7 @@ async def _bench(report: Report, scale: Scale, parts: list[Part]) -> None:
         with TemporaryDirectory(prefix="meshctl-bench-") as directory:
             node = Path(directory) / "node"
             node.write_bytes(value_of(first, _NODE))
-            await bench_fleet(report, node, scale.streams, scale.pushes)
+            await bench_fleet(report, node, scale.streams, scale.pushes, scale.settled_s)
     if Part.ENVOY in parts:
         await bench_in_force(report, Acks.installed(), scale.routes, scale.decisions)
     if Part.CHANGES in parts:
