@@ -10,7 +10,7 @@ from grpc import aio
 from prometheus_client import CollectorRegistry
 
 from tests.featuretests.test_xds_dialogue import CDS, EDS, ONE, RDS, connect, names, one
-from tests.harness.ads_client import DEADLINE_S, AdsStream, ads_stream
+from tests.harness.ads_client import DEADLINE_S, AdsStream, ads_stream, node_of, open_call
 from tests.harness.envoy import plan, xds_server
 from xds.inspect import SyncState
 from xds.limits import Limits
@@ -151,3 +151,23 @@ async def test_a_server_that_ends_says_so_and_lets_its_clients_go_one_by_one() -
 async def ended(stream: AdsStream) -> grpc.StatusCode:
     code: grpc.StatusCode = await stream.code()
     return code
+
+
+async def test_an_old_connection_is_asked_to_come_back() -> None:
+    """The next stream is on a new one, to whichever replica that leads; what is open on the old one goes on for now."""
+    async with (
+        xds_server(limits=Limits(connection_age_s=0.2)) as server,
+        aio.insecure_channel(server.address) as channel,
+    ):
+        server.apply(plan(one()))
+        old = AdsStream(open_call(channel), node_of("old"))
+        await connect(old, ONE)
+        async with asyncio.timeout(DEADLINE_S):
+            await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+        new = AdsStream(open_call(channel), node_of("new"))
+        await new.ask(CDS)
+        await new.read()
+        peers = {stream.node: stream.peer for stream in server.streams()}
+        assert peers["old"] != peers["new"]
+        server.apply(plan(one(1, 999)))
+        assert (await old.read()).type_url == EDS
