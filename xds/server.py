@@ -48,6 +48,8 @@ of news, since each costs 10 us a stream to look at; the one of a single proxy i
 
 SETTLED_S = 0.5
 """After the last stream of a burst is up to date, what the burst took of the heap is given back."""
+PUSHED_S, MANY_STREAMS = 30.0, 100
+"""What a change to so many streams took is given back after this long: half of 120 kB per stream, in milliseconds."""
 
 _STREAM_ERRORS = (aio.InternalError, aio.UsageError, aio.AbortError)
 """What gRPC raises when a response can't be written any more: the proxy is gone."""
@@ -372,11 +374,20 @@ class XdsServer:
             self._starting.discard(stream)
             stream.cancel_timer()
             self._start_next()
-            if not self._starting and self._settling is None:
-                self._settling = asyncio.get_running_loop().call_later(SETTLED_S, self._settled)
+            if not self._starting:
+                self._settle(SETTLED_S)
+
+    def _settle(self, after_s: float) -> None:
+        """Has what was freed given back, then or earlier."""
+        loop = asyncio.get_running_loop()
+        if self._settling is not None:
+            if self._settling.when() <= loop.time() + after_s:
+                return
+            self._settling.cancel()
+        self._settling = loop.call_later(after_s, self._settled)
 
     def _settled(self) -> None:
-        """Streams came, and none is being brought up to date any more: first requests and first responses are large."""
+        """Unless streams are being brought up to date: first requests and first responses are large."""
         self._settling = None
         if not self._starting:
             asyncio.get_running_loop().run_in_executor(None, give_back)
@@ -392,6 +403,8 @@ class XdsServer:
                 stream.snapshot, stream.synced = snapshot, False
                 if not self._flush(stream):
                     self._look(stream)
+        if len(streams) >= MANY_STREAMS:
+            self._settle(PUSHED_S)
         self._tell()
 
     def _flush(self, stream: Stream) -> bool:
