@@ -86,10 +86,9 @@ class Cache:
             return None
         found = self._groups.get((group, flavour))
         if found is None:
-            members = self._members(group)
-            found = Group.empty(flavour).updated(members)
-            if members:
-                self._groups[group, flavour] = found
+            found = Group.empty(flavour)
+            if (group, Flavour.ENVOY) in self._groups:  # there is one of each group that a route names
+                found = self._groups[group, flavour] = found.updated(self._members(group))
         return found.snapshot
 
     @property
