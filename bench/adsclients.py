@@ -23,7 +23,8 @@ from grpc import aio
 
 from bench.adsdialogue import Dialogue, method, node
 from bench.lines import serve
-from meshctl.sim.load import allow_many_connections, calm_gc
+from meshctl.openfiles import allow_many_connections
+from meshctl.sim.load import calm_gc
 
 RETRY_S = 0.5, 5.0
 """The longest first pause before another try, and the longest of all: each is drawn below, and doubles."""

@@ -31,7 +31,8 @@ from meshctl.cli.run import MAPPED_BYTES
 from meshctl.errors import MeshctlError
 from meshctl.heap import give_back, share_heap
 from meshctl.model import Plan, RouteId
-from meshctl.sim.load import allow_many_connections, calm_gc
+from meshctl.openfiles import allow_many_connections
+from meshctl.sim.load import calm_gc
 from xds.cache import Cache
 from xds.limits import Limits
 from xds.server import XdsServer

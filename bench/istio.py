@@ -38,10 +38,11 @@ from istio.tables import row_over
 from istio.writer import IstioWriter
 from meshctl.controller.clock import MonotonicClock
 from meshctl.model import WEIGHT_TOTAL, DesiredRoute, EndpointId, Mechanism, RouteId, RoutePlan
+from meshctl.openfiles import allow_many_connections
 from meshctl.sim.children import until_signal
 from meshctl.sim.envoy import Balancing
 from meshctl.sim.fleet import FleetProcess
-from meshctl.sim.load import Load, LoadConfig, allow_many_connections, calm_gc
+from meshctl.sim.load import Load, LoadConfig, calm_gc
 from meshctl.sim.reference import MIX, MODEL, SIZES, capacity_rps, fleet_config
 from meshctl.sim.versus import MESHCTL, SETTLE_SEED, Measured, Stand, endpoint_of, ratio
 from tests.cluster.cluster import Cluster

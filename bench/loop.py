@@ -31,10 +31,11 @@ if not __package__:  # run as a file: the project's root is not on the path then
 
 from bench.report import Figure, JsonOption, Report, at_most, progress, quantiles, quiet_logs
 from meshctl.errors import MeshctlError
+from meshctl.openfiles import allow_many_connections
 from meshctl.sim.envoy import EnvoyProcess, gateway
 from meshctl.sim.faults import Faults
 from meshctl.sim.fleet import FleetProcess, ServerInfo
-from meshctl.sim.load import Load, LoadConfig, allow_many_connections
+from meshctl.sim.load import Load, LoadConfig
 from meshctl.sim.reference import MIX, MODEL, SIZES, capacity_rps, fleet_config
 from meshctl.sim.versus import MESHCTL, LocalStand, endpoint_of, stand
 from tests.harness.envoy import Backends, plan, request, route_plan, xds_server

@@ -33,10 +33,11 @@ from bench.report import Figure, JsonOption, Report, at_least, progress
 from meshctl.cli.output import console
 from meshctl.controller.views import RouteView
 from meshctl.errors import InputError, MeshctlError
+from meshctl.openfiles import allow_many_connections
 from meshctl.sim.children import until_signal
 from meshctl.sim.envoy import Balancing
 from meshctl.sim.faults import Faults
-from meshctl.sim.load import allow_many_connections, calm_gc
+from meshctl.sim.load import calm_gc
 from meshctl.sim.reference import capacity_rps
 from meshctl.sim.versus import (
     LAG_LIMIT_MS,

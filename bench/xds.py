@@ -29,7 +29,7 @@ from bench.adsdialogue import value_of
 from bench.adsenvoy import bench_changes, bench_in_force, said_by_envoy
 from bench.adsfleet import bench_fleet
 from bench.report import JsonOption, Report, quiet_logs
-from meshctl.sim.load import allow_many_connections
+from meshctl.openfiles import allow_many_connections
 
 
 class Part(StrEnum):

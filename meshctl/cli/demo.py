@@ -90,8 +90,9 @@ def _say(text: str) -> None:
 
 async def _once(asked: Asked, build: Builder) -> None:
     from meshctl.cli.output import Output, emit
+    from meshctl.openfiles import allow_many_connections
     from meshctl.sim.demo import compare
-    from meshctl.sim.load import allow_many_connections, calm_gc
+    from meshctl.sim.load import calm_gc
     from meshctl.sim.reference import capacity_rps
 
     allow_many_connections()
@@ -110,8 +111,9 @@ async def _live(asked: Asked, build: Builder) -> None:
 
     from meshctl.cli.demo_view import About, View, numbers
     from meshctl.cli.output import console
+    from meshctl.openfiles import allow_many_connections
     from meshctl.sim.demo import Show
-    from meshctl.sim.load import allow_many_connections, calm_gc
+    from meshctl.sim.load import calm_gc
     from meshctl.sim.reference import capacity_rps
 
     allow_many_connections()

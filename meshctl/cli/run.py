@@ -12,6 +12,7 @@ import typer
 from meshctl.cli.tls import xds_tls
 from meshctl.errors import InputError
 from meshctl.heap import share_heap
+from meshctl.openfiles import allow_many_connections
 
 if TYPE_CHECKING:
     from meshctl.controller.config import ClusterConfig, Config
@@ -151,6 +152,7 @@ async def _serve(config: Config) -> None:
     from meshctl.cli.signals import ended_by_signal
     from meshctl.controller.main import running
 
+    allow_many_connections()
     ended = ended_by_signal()
     async with running(config) as controller:
         settling = asyncio.create_task(_settle_memory(controller.loop))

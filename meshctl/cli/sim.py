@@ -17,9 +17,10 @@ from rich.table import Table
 from meshctl.api.units import parse_duration
 from meshctl.cli.output import Output, OutputOption, emit
 from meshctl.errors import InputError
+from meshctl.openfiles import allow_many_connections
 from meshctl.sim.config import FleetConfig, fleet_config, load_fleet_config
 from meshctl.sim.fleet import Fleet, FleetInfo
-from meshctl.sim.load import Load, LoadConfig, LoadResult, allow_many_connections, calm_gc, parse_mix
+from meshctl.sim.load import Load, LoadConfig, LoadResult, calm_gc, parse_mix
 
 app = typer.Typer(help="A simulated GPU fleet and a load generator.", no_args_is_help=True, add_completion=False)
 T = TypeVar("T")

@@ -18,7 +18,6 @@ import errno
 import gc
 import itertools
 import math
-import resource
 import time
 from array import array
 from bisect import bisect_left
@@ -274,12 +273,6 @@ class Load:
 async def run_load(config: LoadConfig) -> LoadResult:
     """Send it all, wait for it all."""
     return await Load(config).run()
-
-
-def allow_many_connections() -> None:
-    """Raise this process's limit of open files to what the system allows: each request under way is a connection."""
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def calm_gc() -> None:

@@ -26,7 +26,7 @@ from meshctl.model import RouteId
 from tests.featuretests.test_xds_dialogue import CDS, EDS, LDS, ONE, RDS, connect, names, one, two, weights
 from tests.harness import manifests
 from tests.harness.ads_client import DEADLINE_S, AdsStream, DeltaStream, ads_stream, delta_stream, node_of, open_call
-from tests.harness.controller import api, run_process
+from tests.harness.controller import api, run_with
 from tests.harness.envoy import plan, xds_server
 from xds.limits import Limits
 from xds.metrics import XdsMetrics
@@ -333,8 +333,16 @@ class Client:
         self.clusters = tuple(found) if kind is CDS else self.clusters
 
 
+FEW_FILES = (
+    "-c",
+    "from resource import *; setrlimit(RLIMIT_NOFILE, (90, getrlimit(RLIMIT_NOFILE)[1])); import meshctl.__main__",
+)
+"""meshctl where a process may have 90 files open, fewer than clients, unless it asks for more."""
+
+
 async def test_a_hundred_clients_come_back_to_a_server_that_was_killed_and_are_sent_nothing(tmp_path: Path) -> None:
-    """SIGKILL, and another process with the same state: what they have is what there is, in both protocols."""
+    """SIGKILL, and another process with the same state: what they have is what there is, in both protocols. The files
+    that a process may have open by default are no limit."""
     (tmp_path / "manifests").mkdir()
     endpoints = [{"address": "127.0.0.1", "port": p, "metricsPort": p, "gpu": g} for p, g in ((1, "V100"), (2, "T4"))]
     text = manifests.text(
@@ -346,9 +354,9 @@ async def test_a_hundred_clients_come_back_to_a_server_that_was_killed_and_are_s
     clients = [Client(f"gw-{i}", delta=i % 2 == 1) for i in range(100)]
     xds = "127.0.0.1:0"
     for life in ("1", "2"):
-        run = run_process(
-            tmp_path / "manifests", tmp_path / "state.json", tmp_path / f"{life}.log", "--xds", xds, "--tick", "60s"
-        )
+        given = {"--manifests": "manifests", "--state": "state.json"}
+        options = [word for option, name in given.items() for word in (option, str(tmp_path / name))]
+        run = run_with(tmp_path / f"{life}.log", *options, "--xds", xds, "--tick", "60s", program=FEW_FILES)
         async with run as process, AsyncExitStack() as stack:
             xds = process.xds
             streams = [
