@@ -19,7 +19,7 @@ class Limits:
     starting_s: float = 2.0
     """A stream that is not up to date after this long holds up nobody else any more."""
     first_request_s: float = 30.0
-    """A stream without a request is ended after this long."""
+    """A stream without a request is ended after this long, and a connection without a stream."""
     write_s: float = 60.0
     """A client that does not read for this long is disconnected. One that is slower than that but reads is waited for,
     with one response per type at most."""

@@ -111,6 +111,18 @@ def rejected(metrics: XdsMetrics, reason: str) -> float | None:
     return metrics.registry.get_sample_value("meshctl_xds_rejected_streams_total", {"reason": reason})
 
 
+async def test_a_connection_without_a_stream() -> None:
+    """It is closed, in order; one with a stream that says nothing stays."""
+    limits = Limits(first_request_s=0.2)
+    async with (
+        serving(limits) as (server, _),
+        aio.insecure_channel(server.address, options=[("grpc.use_local_subchannel_pool", 1)]) as channel,
+        asyncio.timeout(DEADLINE_S),
+    ):
+        await channel.channel_ready()
+        await channel.wait_for_state_change(grpc.ChannelConnectivity.READY)
+
+
 async def test_a_client_that_does_not_read_for_too_long() -> None:
     """It is no client any more; when it reads at last it learns that the stream has ended, and why."""
     metrics = XdsMetrics()
