@@ -359,6 +359,7 @@ class XdsServer:
         """Lets waiting streams in while there is room."""
         while self._queue and len(self._starting) < self._limits.starting:
             stream, _ = self._queue.popitem(last=False)
+            stream.snapshot = self._snapshot(stream)  # its own may be refused by now: news are told one by one
             self._starting.add(stream)
             stream.admitted = True
             stream.time_out(self._limits.starting_s, self._started)
