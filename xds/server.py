@@ -379,13 +379,10 @@ class XdsServer:
                 self._settle(SETTLED_S)
 
     def _settle(self, after_s: float) -> None:
-        """Has what was freed given back, then or earlier."""
-        loop = asyncio.get_running_loop()
+        """Has what was freed given back after this long, unless this is said again."""
         if self._settling is not None:
-            if self._settling.when() <= loop.time() + after_s:
-                return
             self._settling.cancel()
-        self._settling = loop.call_later(after_s, self._settled)
+        self._settling = asyncio.get_running_loop().call_later(after_s, self._settled)
 
     def _settled(self) -> None:
         """Unless streams are being brought up to date: first requests and first responses are large."""
@@ -404,7 +401,7 @@ class XdsServer:
                 stream.snapshot, stream.synced = snapshot, False
                 if not self._flush(stream):
                     self._look(stream)
-        if len(streams) >= MANY_STREAMS:
+        if len(streams) >= MANY_STREAMS and self._settling is None:
             self._settle(PUSHED_S)
         self._tell()
 

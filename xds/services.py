@@ -45,6 +45,8 @@ def options(limits: Limits) -> Sequence[tuple[str, int]]:
         # Requests are small: measuring how much could be on its way to us gains nothing, and costs a ping for every
         # message received, an eighth of the CPU time of a push and 8 kB a stream.
         ("grpc.http2.bdp_probe", 0),
+        # A record of each connection for a service that is not served.
+        ("grpc.enable_channelz", 0),
         # Streams are counted; a connection without one is a file that is open.
         ("grpc.max_connection_idle_ms", int(limits.first_request_s * 1000)),
         ("grpc.max_connection_age_ms", int(limits.connection_age_s * 1000)),
